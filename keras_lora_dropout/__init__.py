@@ -1,0 +1,19 @@
+"""LoRA Dropout for Keras 3: fine-tune, and predict with ensembles."""
+
+from keras_lora_dropout.callbacks import EnsembleEvaluation
+from keras_lora_dropout.conversion.enable import enable_lora_dropout
+from keras_lora_dropout.conversion.lora_dropout_model import LoRADropoutModel
+from keras_lora_dropout.layers.lora_dropout import LoRADropoutDense
+from keras_lora_dropout.layers.lora_dropout import LoRADropoutEinsumDense
+from keras_lora_dropout.metrics import ExpectedCalibrationError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EnsembleEvaluation",
+    "ExpectedCalibrationError",
+    "LoRADropoutDense",
+    "LoRADropoutEinsumDense",
+    "LoRADropoutModel",
+    "enable_lora_dropout",
+]

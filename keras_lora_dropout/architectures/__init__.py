@@ -1,0 +1,1 @@
+"""What must be known of other people's models, and nothing else."""

@@ -1,0 +1,1 @@
+"""Adapting whole models: select layers, rewrite them, report."""

@@ -1,0 +1,202 @@
+"""`enable_lora_dropout`: select, check, rewrite, report."""
+
+import functools
+import logging
+import math
+import random
+
+import keras
+
+from keras_lora_dropout.conversion.model import AdaptedModel
+from keras_lora_dropout.conversion.model import SamplingSettings
+from keras_lora_dropout.conversion.model import with_instances
+from keras_lora_dropout.conversion.targets import layer_paths
+from keras_lora_dropout.conversion.targets import select_targets
+from keras_lora_dropout.conversion.targets import select_trainable
+from keras_lora_dropout.conversion.trainable import freeze
+from keras_lora_dropout.core import validation
+from keras_lora_dropout.layers import adapter
+
+logger = logging.getLogger("keras_lora_dropout")
+
+
+def enable_lora_dropout(
+    model,
+    *,
+    rank=8,
+    alpha=None,
+    dropout_rate=0.5,
+    num_samples=4,
+    target_layers="all-linear",
+    trainable_layers="head",
+    mask_sharing="batch",
+    rescale=False,
+    sampling="parallel",
+    seed=None,
+):
+    """Adapt a model with LoRA Dropout, in place.
+
+    Linear layers get a LoRA adapter whose factors are masked by rows and
+    columns in training; everything else is frozen but for the head. The model
+    stays the same object and an instance of its own class. It gains
+    `adapted_layers`, `ensemble_predict` and `ensemble_evaluate`, and its `fit`
+    minimises the loss averaged over `num_samples` mask instances.
+
+    Compile the model afterwards if its optimizer has already taken a step; an
+    optimizer that has state is replaced by a new one of the same settings.
+    What was adapted is logged (logger `keras_lora_dropout`, level `INFO`) and
+    listed in `model.adapted_layers`.
+
+    Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 2-3
+    (masks), Eq. 7 (training), Eq. 8 (ensemble).
+
+    Args:
+        model: A built `keras.Model`: any KerasHub task or backbone, or a
+            functional, sequential or subclassed model.
+        rank: Positive integer, at most the smaller side of each kernel.
+            Defaults to 8.
+        alpha: Positive number or `None`. Strength; `None` means `rank`, so
+            that `scaling = alpha / rank` is 1.
+        dropout_rate: Number in `[0, 1)`. Chance that a mask entry is zero; 0
+            is plain LoRA. Defaults to 0.5.
+        num_samples: Positive integer. Mask instances N, in training and in
+            ensembles. Defaults to 4.
+        target_layers: Which `Dense` and `EinsumDense` layers are adapted.
+            `"all-linear"`: all in the backbone's blocks, never the output
+            head. Or a list of layer names (or path endings), a regular
+            expression that is searched in the layer path, or a callable
+            `(path, layer) -> bool`.
+        trainable_layers: What stays trainable besides the adapters. `"head"`:
+            the layers outside the backbone (of a plain model, those that
+            produce its outputs). `None`: nothing. Or names, a regular
+            expression or a callable as above. All else is frozen, biases of
+            adapted layers too.
+        mask_sharing: `"batch"`: one mask per instance for the whole batch
+            (the paper's Algorithm 1). `"example"`: each example draws its own
+            masks, in each instance; with `num_samples=1` it costs one plain
+            LoRA step.
+        rescale: Boolean. Whether masks are divided by `1 - dropout_rate`.
+            Defaults to `False`, as in the paper.
+        sampling: `"parallel"`: the N instances run as one batch of `N * B`.
+            `"sequential"`: one after another, in the memory of one.
+        seed: Integer or `None`. Seed of factors and masks.
+
+    Returns:
+        The same `model` object.
+
+    Raises:
+        TypeError: If `model` is no `keras.Model`, or an argument has a type
+            that is not listed.
+        ValueError: If the model is not built or already adapted, if nothing
+            matches `target_layers`, if a selected layer is quantized,
+            constrained, too small for `rank` or carries Keras's own LoRA, or
+            if an argument is out of range. The model is unchanged then.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((16,)),
+    ...     keras.layers.Dense(32, activation="relu", name="hidden"),
+    ...     keras.layers.Dense(2, name="head"),
+    ... ])
+    >>> model = enable_lora_dropout(model, rank=4, dropout_rate=0.5)
+    >>> [path for path, layer in model.adapted_layers]
+    ['hidden']
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`enable_lora_dropout` adapts a `keras.Model`, such as a KerasHub "
+            f"task. Received: model={model!r} (of type {type(model).__name__})."
+        )
+    settings = SamplingSettings(num_samples, mask_sharing, sampling)
+    adapter_settings = {
+        "rank": validation.positive_integer("rank", rank),
+        "dropout_rate": validation.dropout_rate(dropout_rate),
+        "rescale": validation.boolean("rescale", rescale),
+    }
+    adapter_settings["alpha"] = validation.alpha(alpha, rank)
+    streams = random.Random(validation.seed(seed))
+    _check_model(model)
+    targets = select_targets(model, target_layers)
+    for path, layer in targets:
+        adapter.check_adaptable(layer, rank, f'layer "{path}"')
+    trainable = select_trainable(model, trainable_layers)
+
+    for _, layer in targets:
+        layer_seed = streams.randrange(validation.MAX_SEED)
+        adapter.adapt(layer, seed=layer_seed, **adapter_settings)
+    freeze(model, trainable)
+    if not isinstance(model, AdaptedModel):
+        model.__class__ = _adapted_class(type(model))
+    model._start_sampling(settings, streams.randrange(validation.MAX_SEED))
+    _forget_compiled_state(model)
+    _report(model)
+    return model
+
+
+def _check_model(model):
+    if not model.built or not model.weights:
+        raise ValueError(
+            f'Model "{model.name}" is not built, so its layers have no kernels '
+            "to adapt. Give it an `Input`, or call it on a batch of data, "
+            "before `enable_lora_dropout`."
+        )
+    for path, layer in layer_paths(model).items():
+        if isinstance(layer, adapter.LoRADropoutAdapter):
+            raise ValueError(
+                f'LoRA Dropout is already enabled on model "{model.name}": '
+                f'layer "{path}" has an adapter. It can be enabled once; start '
+                "from a fresh model to change the settings."
+            )
+
+
+@functools.cache
+def _adapted_class(cls):
+    """A subclass of a model class with the methods of `AdaptedModel`."""
+    namespace = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "call": with_instances(cls.call),
+        "__reduce__": _cannot_copy,
+        "get_config": _cannot_copy,
+    }
+    return type(f"LoRADropout{cls.__name__}", (AdaptedModel, cls), namespace)
+
+
+def _cannot_copy(self):
+    raise ValueError(
+        f'Model "{self.name}" has LoRA Dropout adapters, which a copy by '
+        "configuration (`clone_model`, `copy.deepcopy`, pickle, `save`) would "
+        "lose. To copy it, build the plain model again, call "
+        "`enable_lora_dropout` on it with the same arguments, and then "
+        "`copy.set_weights(model.get_weights())`; to store it, use "
+        "`save_weights` and `load_weights`."
+    )
+
+
+def _forget_compiled_state(model):
+    """Drop what was compiled for the model as it was before."""
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())
+
+
+def _report(model):
+    targets = model.adapted_layers
+    logger.info(
+        "LoRA Dropout adapts %d layers of model %r with %s weights; %s of %s "
+        "weights train:\n%s",
+        len(targets),
+        model.name,
+        f"{_count(f for _, lyr in targets for f in lyr.factors):,}",
+        f"{_count(model.trainable_weights):,}",
+        f"{model.count_params():,}",
+        "\n".join(f"  {path}" for path, _ in targets),
+    )
+
+
+def _count(variables):
+    return sum(math.prod(variable.shape) for variable in variables)

@@ -1,0 +1,79 @@
+"""`LoRADropoutModel`, for models built by hand from adapted layers."""
+
+import functools
+
+import keras
+
+from keras_lora_dropout.conversion.model import AdaptedModel
+from keras_lora_dropout.conversion.model import SamplingSettings
+from keras_lora_dropout.conversion.model import with_instances
+
+
+class LoRADropoutModel(AdaptedModel, keras.Model):
+    """A `keras.Model` that trains and predicts with LoRA Dropout.
+
+    Use it in place of `keras.Model` where you build a model yourself from
+    `LoRADropoutDense` and `LoRADropoutEinsumDense`: of inputs and outputs, or
+    by subclassing with a `call` of your own. `fit` minimises the N-sample
+    objective, `ensemble_predict` and `ensemble_evaluate` average N instances.
+    To adapt an existing model, use `enable_lora_dropout`.
+
+    Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 7-8.
+
+    Args:
+        *args: Positional arguments of `keras.Model`.
+        num_samples: Positive integer. Mask instances N, in training and in
+            ensembles. Defaults to 4.
+        mask_sharing: `"batch"`: one mask per instance for the whole batch.
+            `"example"`: each example draws its own masks, in each instance.
+        sampling: `"parallel"`: the N instances are one batch of `N * B`.
+            `"sequential"`: one after another, in the memory of one.
+        seed: Integer or `None`. Seed of the masks.
+        **kwargs: Keyword arguments of `keras.Model`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+
+    >>> inputs = keras.Input((3,))
+    >>> x = LoRADropoutDense(8, activation="relu", rank=2)(inputs)
+    >>> model = LoRADropoutModel(inputs, keras.layers.Dense(1)(x))
+    >>> model.compile("adam", "mse")
+    >>> history = model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
+    >>> model.ensemble_predict(np.ones((4, 3)), verbose=0).shape
+    (4, 1)
+    """
+
+    def __init__(
+        self,
+        *args,
+        num_samples=4,
+        mask_sharing="batch",
+        sampling="parallel",
+        seed=None,
+        **kwargs,
+    ):
+        settings = SamplingSettings(num_samples, mask_sharing, sampling)
+        if args or "inputs" in kwargs:
+            # `keras.Model.__init__` would rebase `LoRADropoutModel` itself on
+            # Keras's functional class and so break its other subclasses.
+            self.__class__ = _functional_class(type(self))
+        super().__init__(*args, **kwargs)
+        self._start_sampling(settings, seed)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "call" in vars(cls):
+            cls.call = with_instances(cls.call)
+
+
+@functools.cache
+def _functional_class(cls):
+    """A subclass of `cls` that is a functional model too."""
+    inputs = keras.Input((1,))
+    functional = type(keras.Model(inputs, inputs))
+    if issubclass(cls, functional):
+        return cls
+    namespace = {"__module__": cls.__module__, "call": functional.call}
+    return type(cls.__name__, (cls, functional), namespace)

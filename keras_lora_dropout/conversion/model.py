@@ -1,0 +1,308 @@
+"""The methods that a model gains with LoRA Dropout."""
+
+import contextlib
+import dataclasses
+import functools
+import random
+
+import keras
+import numpy as np
+
+from keras_lora_dropout.conversion.targets import layer_paths
+from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.inference.ensemble import EnsembleRequest
+from keras_lora_dropout.inference.ensemble import ensemble_outputs
+from keras_lora_dropout.inference.probabilities import output_links
+from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
+from keras_lora_dropout.training.backend import NSampleTrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How an adapted model samples its masks.
+
+    Attributes:
+        num_samples: Number N of mask instances, in training and in ensembles.
+        mask_sharing: `"batch"` or `"example"`.
+        sampling: `"parallel"` or `"sequential"`.
+    """
+
+    num_samples: int = 4
+    mask_sharing: str = "batch"
+    sampling: str = "parallel"
+
+    def __post_init__(self):
+        validation.positive_integer("num_samples", self.num_samples)
+        validation.word(
+            "mask_sharing", self.mask_sharing, validation.MASK_SHARINGS
+        )
+        validation.word("sampling", self.sampling, validation.SAMPLINGS)
+
+
+class AdaptedModel(NSampleTrainStep):
+    """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
+
+    It is mixed in front of a Keras model class. `fit` minimises the N-sample
+    objective ([L] Eq. 7), `predict` and `evaluate` use the mean network, and
+    the `ensemble_*` methods average N mask instances ([L] Eq. 8).
+    """
+
+    lora_dropout = None  # SamplingSettings, set by `_start_sampling`.
+    _request = None  # EnsembleRequest while an ensemble is computed.
+
+    def _start_sampling(self, settings, seed):
+        """Give the model its settings and its random state."""
+        streams = random.Random(validation.seed(seed))
+        self.lora_dropout = settings
+        self._ensemble_state = _EnsembleState(streams)
+        self._mask_plan = None
+        with unlocked(self):
+            self.mask_seed_generator = keras.random.SeedGenerator(
+                streams.randrange(validation.MAX_SEED)
+            )
+            self.ensemble_seed_generator = masks.FixedSeedGenerator(
+                streams.randrange(validation.MAX_SEED)
+            )
+
+    @property
+    def adapted_layers(self):
+        """List of `(path, layer)` of the adapted layers, in forward order."""
+        return [
+            (path, layer)
+            for path, layer in layer_paths(self).items()
+            if isinstance(layer, LoRADropoutAdapter)
+        ]
+
+    @property
+    def mask_plan(self):
+        """The `MaskPlan` of the adapted layers, made at first use."""
+        if self._mask_plan is None:
+            layers = [layer for _, layer in self.adapted_layers]
+            if not all(layer.built for layer in layers):
+                raise ValueError(
+                    f'Model "{self.name}" has adapted layers that are not '
+                    "built yet. Call the model on a batch of data first."
+                )
+            if not layers:
+                raise ValueError(
+                    f'Model "{self.name}" has no adapted layer. Use '
+                    "`LoRADropoutDense` or `LoRADropoutEinsumDense` in it, or "
+                    "call `enable_lora_dropout` on it."
+                )
+            self._mask_plan = masks.MaskPlan(layers)
+        return self._mask_plan
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """As `keras.Model.fit`, minimising the N-sample objective."""
+        validation.not_empty("x", x)
+        return super().fit(x, y, *args, **kwargs)
+
+    def ensemble_predict(
+        self,
+        x,
+        batch_size=None,
+        *,
+        num_samples=None,
+        seed=None,
+        average="output",
+        return_samples=False,
+        verbose="auto",
+        steps=None,
+        callbacks=None,
+    ):
+        """Predict with the average of N mask instances.
+
+        The N instances are drawn once for the whole call, so that the result
+        for an example depends neither on the batch size nor on the order or
+        the other examples.
+
+        Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 8.
+
+        Args:
+            x: Inputs, whatever `predict` accepts; raw strings for a KerasHub
+                task with a preprocessor.
+            batch_size: Integer or `None`, as in `predict`. With
+                `sampling="parallel"`, `num_samples * batch_size` rows are in
+                memory at once.
+            num_samples: Positive integer or `None` for the model's own N.
+            seed: Integer or `None`. The same seed gives the same instances;
+                `None` draws new ones at each call.
+            average: `"output"` averages what the model puts out;
+                `"probability"` applies softmax or sigmoid first, as the
+                compiled loss says (softmax, or sigmoid for a single unit, if
+                there is no such loss), unless the outputs already are
+                probabilities.
+            return_samples: Boolean. Whether to return the N outputs instead
+                of their mean.
+            verbose, steps, callbacks: As in `predict`.
+
+        Returns:
+            NumPy array(s) as from `predict`, with a leading axis of
+            `num_samples` if `return_samples`.
+
+        Raises:
+            ValueError: If `x` is empty or an argument is out of range.
+        """
+        validation.not_empty("x", x)
+        validation.boolean("return_samples", return_samples)
+        request = self._ensemble_request(num_samples, average, return_samples)
+        with self._as_ensemble(request, seed):
+            outputs = self.predict(
+                x,
+                batch_size=batch_size,
+                verbose=verbose,
+                steps=steps,
+                callbacks=callbacks,
+            )
+        if return_samples:
+            return keras.tree.map_structure(
+                lambda leaf: np.moveaxis(leaf, 1, 0), outputs
+            )
+        return outputs
+
+    def ensemble_evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        *,
+        sample_weight=None,
+        num_samples=None,
+        seed=None,
+        average="output",
+        verbose="auto",
+        steps=None,
+        callbacks=None,
+        return_dict=False,
+    ):
+        """Compute the compiled loss and metrics on the ensemble's output.
+
+        Args:
+            x, y, batch_size, sample_weight: Data, as in `evaluate`.
+            num_samples, seed, average: As in `ensemble_predict`. Averaged
+                probabilities of a model with logits are turned back into
+                logits, so that its loss and metrics keep their meaning.
+            verbose, steps, callbacks, return_dict: As in `evaluate`.
+
+        Returns:
+            As `evaluate`.
+
+        Raises:
+            ValueError: If `x` is empty or an argument is out of range.
+        """
+        validation.not_empty("x", x)
+        request = self._ensemble_request(num_samples, average)
+        request = dataclasses.replace(request, as_outputs=True)
+        with self._as_ensemble(request, seed):
+            return self.evaluate(
+                x,
+                y,
+                batch_size=batch_size,
+                sample_weight=sample_weight,
+                verbose=verbose,
+                steps=steps,
+                callbacks=callbacks,
+                return_dict=return_dict,
+            )
+
+    def _ensemble_request(self, num_samples, average, return_samples=False):
+        if num_samples is None:
+            num_samples = self.lora_dropout.num_samples
+        validation.word("average", average, validation.AVERAGES)
+        return EnsembleRequest(
+            num_samples=validation.positive_integer("num_samples", num_samples),
+            return_samples=return_samples,
+            links=output_links(self) if average == "probability" else None,
+        )
+
+    @contextlib.contextmanager
+    def _as_ensemble(self, request, seed):
+        """Let `predict` and `evaluate` compute the ensemble's outputs.
+
+        Keras keeps one compiled function each; those of the ensemble are kept
+        apart and put in their place for the duration.
+        """
+        state = self._ensemble_state
+        seed = validation.seed(seed)
+        self.mask_plan  # noqa: B018 - raises before anything is changed.
+        self.ensemble_seed_generator.set(
+            state.random.randrange(validation.MAX_SEED) if seed is None else seed
+        )
+        plain = self.predict_function, self.test_function
+        self.predict_function, self.test_function = state.functions(
+            request, self._compilation()
+        )
+        self._request = request
+        try:
+            yield
+        finally:
+            state.keep(
+                request,
+                self._compilation(),
+                (self.predict_function, self.test_function),
+            )
+            self._request = None
+            self.predict_function, self.test_function = plain
+
+    def _compilation(self):
+        """What a compiled function depends on besides the request.
+
+        Each `compile` makes a new loss tracker, the first of the metrics.
+        """
+        tracker = self.metrics[0] if self.compiled else None
+        return (
+            tracker,
+            self.jit_compile,
+            self.run_eagerly,
+            self.steps_per_execution,
+        )
+
+
+class _EnsembleState:
+    """Compiled ensemble functions, and the source of seeds not given."""
+
+    def __init__(self, random_source):
+        self.random = random_source
+        self._functions = {}
+
+    def functions(self, request, compilation):
+        """Return the `(predict, test)` functions kept, or `(None, None)`."""
+        known, functions = self._functions.get(request, (None, (None, None)))
+        return functions if known == compilation else (None, None)
+
+    def keep(self, request, compilation, functions):
+        """Keep functions; those of an earlier compilation are dropped."""
+        self._functions = {
+            key: entry
+            for key, entry in self._functions.items()
+            if entry[0] == compilation
+        }
+        self._functions[request] = compilation, functions
+
+
+def with_instances(call):
+    """Wrap a model's `call` so that one pass of it has one set of masks.
+
+    Inside a training step the masks are given and the call passes unchanged.
+    Otherwise an ensemble in progress runs its N instances here, and a call in
+    training, from a loop of the user's own, draws a single instance.
+    """
+
+    @functools.wraps(call)
+    def wrapped(self, *args, **kwargs):
+        is_model = isinstance(self, AdaptedModel) and self.lora_dropout
+        if not is_model or masks.current_draws() is not None:
+            return call(self, *args, **kwargs)
+        if self._request is not None:
+            return ensemble_outputs(self, call, self._request, args, kwargs)
+        if kwargs.get("training"):
+            values = masks.draw_uniform(
+                (1, self.mask_plan.width), self.mask_seed_generator
+            )
+            with masks.use_draws(masks.Draws(values, self.mask_plan)):
+                return call(self, *args, **kwargs)
+        return call(self, *args, **kwargs)
+
+    return wrapped

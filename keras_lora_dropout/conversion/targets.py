@@ -1,0 +1,166 @@
+"""Which layers of a model are adapted, and which stay trainable."""
+
+import re
+
+import keras
+
+from keras_lora_dropout.architectures.blocks import backbone_of
+from keras_lora_dropout.architectures.blocks import block_layers
+from keras_lora_dropout.architectures.blocks import descendants
+from keras_lora_dropout.architectures.blocks import head_layers
+from keras_lora_dropout.layers.adapter import can_adapt
+
+LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+
+
+def layer_paths(model):
+    """Return `{path: layer}` of all layers below a model, in forward order.
+
+    A path is Keras's `layer.path`, e.g. `transformer_layer_0/
+    self_attention_layer/query`; a layer that has none yet goes by its name,
+    and paths that occur twice are numbered.
+    """
+    paths = {}
+    for layer in descendants(model):
+        path = layer.path or layer.name
+        unique, count = path, 1
+        while unique in paths:
+            count += 1
+            unique = f"{path}#{count}"
+        paths[unique] = layer
+    return paths
+
+
+def select_targets(model, target_layers):
+    """Return `[(path, layer)]` of the linear layers to adapt.
+
+    Args:
+        model: A built `keras.Model`.
+        target_layers: `"all-linear"`, another string (a regular expression
+            that `re.search` looks for in the path), a list of layer names or
+            path endings, or a callable `(path, layer) -> bool`.
+
+    Raises:
+        TypeError: If `target_layers` is none of these.
+        ValueError: If nothing, or not every name, matches a linear layer.
+    """
+    paths = layer_paths(model)
+    linear = {
+        path: layer for path, layer in paths.items() if isinstance(layer, LINEAR)
+    }
+    if isinstance(target_layers, str) and target_layers == "all-linear":
+        wanted = _all_linear(model)
+        chosen = [(p, lyr) for p, lyr in linear.items() if id(lyr) in wanted]
+    else:
+        chosen = _match("target_layers", target_layers, linear)
+    if not chosen:
+        raise ValueError(
+            "`enable_lora_dropout` found no layer to adapt in model "
+            f'"{model.name}". Received: target_layers={target_layers!r}. '
+            f"{_adaptable(linear)} Name some of these in `target_layers`; "
+            '"all-linear" means every linear layer but the output head.'
+        )
+    for path, layer in chosen:
+        if not can_adapt(layer):
+            raise ValueError(
+                f'Cannot adapt layer "{path}": {type(layer).__name__} has a '
+                "`call` of its own, so its product is not that of "
+                "`keras.layers.Dense` or `EinsumDense`. Leave it out with "
+                "`target_layers`."
+            )
+    return chosen
+
+
+def select_trainable(model, trainable_layers):
+    """Return the layers that stay trainable besides the adapters.
+
+    Args:
+        model: A built `keras.Model`.
+        trainable_layers: `"head"`, `None`, or as `target_layers` above, over
+            layers of every kind.
+    """
+    if trainable_layers is None:
+        return []
+    if isinstance(trainable_layers, str) and trainable_layers == "head":
+        return head_layers(model)
+    weighted = {p: lyr for p, lyr in layer_paths(model).items() if lyr.weights}
+    chosen = _match("trainable_layers", trainable_layers, weighted)
+    if not chosen:
+        raise ValueError(
+            f'`trainable_layers` matches no layer of model "{model.name}". '
+            f"Received: trainable_layers={trainable_layers!r}. Its layers are "
+            f"named {_quoted_names(weighted)}."
+            ' Pass some of these, or "head", or None.'
+        )
+    return [layer for _, layer in chosen]
+
+
+def _all_linear(model):
+    """Ids of the layers of the blocks; of a plain model all but its head."""
+    backbone = backbone_of(model)
+    if backbone is not None:
+        return set(map(id, block_layers(backbone)))
+    heads = {id(layer) for layer in head_layers(model)}
+    return {
+        id(layer) for layer in descendants(model) if id(layer) not in heads
+    }
+
+
+def _match(argument, selector, paths):
+    if callable(selector):
+        return [(p, lyr) for p, lyr in paths.items() if selector(p, lyr)]
+    if isinstance(selector, str):
+        try:
+            pattern = re.compile(selector)
+        except re.error as error:
+            raise ValueError(
+                f"`{argument}` is a string and so a regular expression on the "
+                f"layer path, but it is not a valid one: {error}. "
+                f"Received: {argument}={selector!r}."
+            ) from error
+        return [(p, lyr) for p, lyr in paths.items() if pattern.search(p)]
+    names = _list_of_names(argument, selector)
+    unmatched = [
+        name
+        for name in names
+        if not any(_named(name, p, lyr) for p, lyr in paths.items())
+    ]
+    if unmatched:
+        raise ValueError(
+            f"`{argument}` names layers that are not there: {unmatched}. "
+            f"Received: {argument}={selector!r}. Layers that can be named here: "
+            f"{_quoted_names(paths)}."
+        )
+    return [
+        (p, lyr)
+        for p, lyr in paths.items()
+        if any(_named(name, p, lyr) for name in names)
+    ]
+
+
+def _list_of_names(argument, selector):
+    is_list = isinstance(selector, (list, tuple, set, frozenset))
+    if not is_list or not all(isinstance(name, str) for name in selector):
+        raise TypeError(
+            f"`{argument}` must be a word, a regular expression on the layer "
+            "path, a list of layer names or a callable `(path, layer) -> "
+            f"bool`. Received: {argument}={selector!r} (of type "
+            f"{type(selector).__name__})."
+        )
+    return list(selector)
+
+
+def _named(name, path, layer):
+    return name in (layer.name, path) or path.endswith(f"/{name}")
+
+
+def _adaptable(linear):
+    if not linear:
+        return "It has no `Dense` or `EinsumDense` layer."
+    return f"Adaptable layers are named {_quoted_names(linear)}."
+
+
+def _quoted_names(paths):
+    names = sorted({layer.name for layer in paths.values()})
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(f'"{name}"' for name in names[:20]) + more

@@ -1,0 +1,1 @@
+"""Pure functions and small helpers; this floor knows no layer and no model."""

@@ -1,0 +1,141 @@
+"""The low-rank delta and the axes on which its two factors act."""
+
+import dataclasses
+import functools
+import math
+
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorAxes:
+    """How an einsum kernel maps input axes to output axes.
+
+    A kernel of any shape is a matrix `(input_dim, output_dim)` once its
+    contracted axes are flattened into one and its kept axes into the other;
+    this is where the LoRA factors live.
+
+    Attributes:
+        summed: Input axes that vanish before the kernel is applied.
+        permutation: Order of the remaining input axes that puts the
+            contracted ones last, as the kernel orders them.
+        contracted: Sizes of the contracted axes; `input_dim` is their product.
+        kept: Sizes of the kernel's output axes; `output_dim` is their product.
+        output_permutation: Order of `(free axes..., kept axes...)` that gives
+            the layer's output.
+        kernel_permutation: Order of `(contracted..., kept...)` that gives the
+            kernel's own axes.
+        batch_leads: Whether the leading input axis is the leading output axis.
+    """
+
+    summed: tuple
+    permutation: tuple
+    contracted: tuple
+    kept: tuple
+    output_permutation: tuple
+    kernel_permutation: tuple
+    batch_leads: bool
+
+    @property
+    def input_dim(self):
+        return math.prod(self.contracted)
+
+    @property
+    def output_dim(self):
+        return math.prod(self.kept)
+
+
+def dense_axes(kernel_shape):
+    """Axes of a `Dense` kernel `(input_dim, output_dim)`."""
+    # Two input axes stand for any number: all leading axes are free.
+    return einsum_axes("ab,bc->ac", kernel_shape, input_ndim=2)
+
+
+@functools.lru_cache
+def einsum_axes(equation, kernel_shape, input_ndim):
+    """Find the factor axes of an `EinsumDense` equation.
+
+    Args:
+        equation: An equation that `keras.layers.EinsumDense` accepts:
+            `[X],[Y]->[Z]`, `...[X],[Y]->...[Z]` or `[X]...,[Y]->[Z]...`.
+        kernel_shape: Tuple. Shape of the kernel, one entry per letter of `[Y]`.
+        input_ndim: Number of axes of the layer's input.
+
+    Returns:
+        A `FactorAxes`.
+
+    Raises:
+        ValueError: If a letter stands in input, kernel and output alike: such
+            a kernel is a stack of matrices, not one.
+    """
+    inputs, kernel, outputs = _letters(equation, input_ndim)
+    shared = [c for c in kernel if c in inputs and c in outputs]
+    if shared or len(set(inputs)) != len(inputs):
+        raise ValueError(
+            "LoRA Dropout needs a kernel that is one matrix from input to "
+            f"output features. Received: equation={equation!r}, in which "
+            f"{shared or inputs} stands in more than one role. Leave this "
+            "layer out with `target_layers`."
+        )
+    size = dict(zip(kernel, kernel_shape, strict=True))
+    contracted = [c for c in kernel if c in inputs]
+    kept = [c for c in kernel if c in outputs]
+    summed = [c for c in inputs if c not in kernel and c not in outputs]
+    present = [c for c in inputs if c not in summed]
+    free = [c for c in present if c not in contracted]
+    return FactorAxes(
+        summed=tuple(inputs.index(c) for c in summed),
+        permutation=tuple(present.index(c) for c in free + contracted),
+        contracted=tuple(size[c] for c in contracted),
+        kept=tuple(size[c] for c in kept),
+        output_permutation=tuple((free + kept).index(c) for c in outputs),
+        kernel_permutation=tuple((contracted + kept).index(c) for c in kernel),
+        batch_leads=inputs[0] == outputs[0] and bool(free),
+    )
+
+
+def low_rank_delta(inputs, factor_a, factor_b, axes):
+    """Compute `inputs @ factor_a @ factor_b` on the axes of a kernel.
+
+    No tensor of the kernel's size is formed.
+
+    Args:
+        inputs: Input of the layer. With `groups > 1`, its leading axis holds
+            `groups` equal blocks of rows.
+        factor_a: Tensor of shape `(groups, input_dim, rank)`.
+        factor_b: Tensor of shape `(groups, rank, output_dim)`.
+        axes: `FactorAxes` of the kernel.
+
+    Returns:
+        Tensor of the layer's output shape.
+    """
+    x = ops.sum(inputs, axis=axes.summed) if axes.summed else inputs
+    if axes.permutation != tuple(range(len(axes.permutation))):
+        x = ops.transpose(x, axes.permutation)
+    free_shape = tuple(ops.shape(x))[: len(x.shape) - len(axes.contracted)]
+    groups = factor_a.shape[0]
+    if groups is None:
+        groups = ops.shape(factor_a)[0]
+    if isinstance(groups, int) and groups == 1:
+        if len(axes.contracted) > 1:
+            x = ops.reshape(x, (*free_shape, axes.input_dim))
+        delta = ops.matmul(ops.matmul(x, factor_a[0]), factor_b[0])
+    else:
+        x = ops.reshape(x, (groups, -1, axes.input_dim))
+        delta = ops.matmul(ops.matmul(x, factor_a), factor_b)
+    delta = ops.reshape(delta, (*free_shape, *axes.kept))
+    if axes.output_permutation != tuple(range(len(axes.output_permutation))):
+        delta = ops.transpose(delta, axes.output_permutation)
+    return delta
+
+
+def _letters(equation, input_ndim):
+    """Spell an equation out as axis letters, ellipses replaced."""
+    left, outputs = equation.replace(" ", "").split("->")
+    inputs, kernel = left.split(",")
+    if "..." in inputs:
+        elided = input_ndim - len(inputs.replace("...", ""))
+        names = "".join(chr(ord("0") + i) for i in range(elided))
+        inputs = inputs.replace("...", names)
+        outputs = outputs.replace("...", names)
+    return inputs, kernel, outputs

@@ -1,0 +1,144 @@
+"""N mask instances in one batch: lay it out, take it apart, average.
+
+The layout is instance-major: rows `n * B` to `(n + 1) * B` belong to mask
+instance `n`. Big matrix products then run on contiguous rows, and each
+instance is one slice.
+"""
+
+import keras
+from keras import ops
+
+from keras_lora_dropout.core.keras_internals import copy_mask
+
+
+class LayoutError(ValueError):
+    """The model's tensors cannot carry N instances in their leading axis."""
+
+
+def tile(structure, num_instances):
+    """Repeat every tensor's leading axis, once for each instance.
+
+    Args:
+        structure: Nested structure of tensors; scalars and anything that is
+            no tensor pass unchanged.
+        num_instances: Positive integer.
+
+    Returns:
+        The same structure with leading axes of `num_instances * B`.
+    """
+    if num_instances == 1:
+        return structure
+
+    def repeat(leaf):
+        if not ops.is_tensor(leaf) and not isinstance(leaf, keras.KerasTensor):
+            return leaf
+        if len(leaf.shape) == 0:
+            return leaf
+        tiled = ops.concatenate([leaf] * num_instances, axis=0)
+        copy_mask(
+            leaf, tiled, lambda m: ops.concatenate([m] * num_instances, axis=0)
+        )
+        return tiled
+
+    return keras.tree.map_structure(repeat, structure)
+
+
+def split(structure, num_instances, rows=None):
+    """Take the outputs of a tiled batch apart.
+
+    Args:
+        structure: Nested structure of tensors with a leading axis of
+            `num_instances * B`.
+        num_instances: Positive integer.
+        rows: The expected length of that axis, if it is known.
+
+    Returns:
+        List of `num_instances` structures with leading axes of `B`.
+
+    Raises:
+        LayoutError: If an output has no such leading axis.
+    """
+    if num_instances == 1:
+        return [structure]
+    leaves = keras.tree.flatten(structure)
+    pieces = []
+    for leaf in leaves:
+        check_rows("An output of the model", leaf.shape, rows)
+        parts = ops.split(leaf, num_instances, axis=0)
+        for n, part in enumerate(parts):
+            copy_mask(
+                leaf, part, lambda m, n=n: ops.split(m, num_instances, axis=0)[n]
+            )
+        pieces.append(parts)
+    return [
+        keras.tree.pack_sequence_as(structure, list(parts))
+        for parts in zip(*pieces, strict=True)
+    ]
+
+
+def mean(structures):
+    """Average structures leaf by leaf ([L] Eq. 7 and 8).
+
+    Args:
+        structures: Iterable of equal structures of tensors; `None` leaves stay
+            `None`. It is consumed one by one, and only the running sum is kept.
+
+    Returns:
+        The mean, summed in float32 at the least, in the leaves' own dtype
+        where that is a float and in float32 otherwise.
+    """
+    iterator = iter(structures)
+    first = next(iterator)
+    total, count = None, 1
+    for structure in iterator:
+        if total is None:
+            total = keras.tree.map_structure(_widen, first)
+        total = keras.tree.map_structure(_add, total, structure)
+        count += 1
+    if total is None:
+        return first
+
+    def finish(leaf, summed):
+        if leaf is None:
+            return None
+        dtype = keras.backend.standardize_dtype(leaf.dtype)
+        result = summed / count
+        if "float" in dtype:
+            result = ops.cast(result, dtype)
+        copy_mask(leaf, result)
+        return result
+
+    return keras.tree.map_structure(finish, first, total)
+
+
+def _widen(leaf):
+    if leaf is None:
+        return None
+    is_double = keras.backend.standardize_dtype(leaf.dtype) == "float64"
+    return ops.cast(leaf, "float64" if is_double else "float32")
+
+
+def _add(total, leaf):
+    return None if leaf is None else total + _widen(leaf)
+
+
+def batch_size(structure):
+    """Length of the leading axis of the first tensor in a structure."""
+    for leaf in keras.tree.flatten(structure):
+        if leaf is not None:
+            return ops.shape(leaf)[0]
+    raise ValueError("The batch has no inputs: every entry of `x` is None.")
+
+
+def check_rows(what, shape, rows):
+    """Raise `LayoutError` unless the leading axis is the tiled batch axis."""
+    leading = shape[0] if len(shape) else 0
+    if leading is None or not isinstance(rows, int) or leading == rows:
+        return
+    raise LayoutError(
+        f"{what} has shape {tuple(shape)}, but its leading axis must be the "
+        f"batch axis of {rows} rows to carry several masks in one pass. Pass "
+        '`sampling="sequential"` to `enable_lora_dropout`, which runs one mask '
+        'instance after another; with `mask_sharing="example"` the batch axis '
+        'must lead in any case, so use `mask_sharing="batch"` then.'
+    )

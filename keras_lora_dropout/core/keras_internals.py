@@ -1,0 +1,65 @@
+"""The few private names of Keras that have no public counterpart.
+
+Keras lets a layer gain weights after it was built only through its own
+`enable_lora` and `quantize`, and lists the sublayers of a layer (as opposed to
+those of a model) nowhere in public; nor is the graph of a functional model
+readable from its output back, except through its tensors' history. The padding mask that losses and metrics
+read from a tensor has no public accessor either. Everything private is here,
+and a Keras that lacks it is refused with its version.
+"""
+
+import contextlib
+
+import keras
+from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask
+
+
+def sublayers(layer):
+    """Return the direct sublayers of a layer or model, in order.
+
+    The order is that of the graph for functional models and that of creation
+    for all others.
+    """
+    if isinstance(layer, keras.Model):
+        return list(layer.layers)
+    flatten = _private(layer, "_flatten_layers")
+    return list(flatten(include_self=False, recursive=False))
+
+
+def producer(tensor):
+    """Return the operation behind a symbolic tensor, and its input tensors."""
+    operation, node_index, _ = _private(tensor, "_keras_history")
+    node = _private(operation, "_inbound_nodes")[node_index]
+    return operation, list(node.input_tensors)
+
+
+@contextlib.contextmanager
+def unlocked(layer):
+    """Let a built layer or model gain weights or seed generators."""
+    tracker = _private(layer, "_tracker")
+    was_locked = tracker.locked
+    tracker.unlock()
+    try:
+        yield
+    finally:
+        if was_locked:
+            tracker.lock()
+
+
+def copy_mask(source, target, convert=lambda mask: mask):
+    """Give `target` the padding mask of `source`, if it has one."""
+    mask = get_keras_mask(source)
+    if mask is not None:
+        set_keras_mask(target, convert(mask))
+
+
+def _private(layer, name):
+    try:
+        return getattr(layer, name)
+    except AttributeError:
+        raise RuntimeError(
+            f"keras_lora_dropout does not know Keras {keras.__version__}: a "
+            f"{type(layer).__name__} has no `{name}`. Install a Keras version that this "
+            "release supports (see `pip show keras_lora_dropout`)."
+        ) from None

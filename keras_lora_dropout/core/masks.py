@@ -1,0 +1,112 @@
+"""Mask instances: how they are drawn, and which ones a forward pass uses.
+
+A mask instance belongs to one forward pass of a whole model. The model draws
+all its layers' masks at once (`draw_uniform`) and opens `use_draws` around
+the pass; every call of a layer inside reads its columns of that one draw. So a
+layer that is called twice, or computed again by gradient checkpointing, sees
+the same masks, and nothing is stored on a layer that a tracer could leak from.
+"""
+
+import contextlib
+import threading
+
+import keras
+from keras import ops
+
+_state = threading.local()
+
+
+class FixedSeedGenerator(keras.random.SeedGenerator):
+    """A seed generator whose `next` does not advance.
+
+    Its `state` is a variable, so that a compiled function sees a new seed
+    without being compiled again, and draws the same numbers for every batch.
+    """
+
+    def next(self, ordered=True):
+        return self.state.value * 1
+
+    def set(self, seed):
+        """Set the seed to an integer."""
+        self.state.assign(ops.convert_to_tensor([seed, 0], self.state.dtype))
+
+
+class MaskPlan:
+    """Which columns of a model's draws belong to which adapted layer.
+
+    Args:
+        layers: The adapted layers, in forward order.
+    """
+
+    def __init__(self, layers):
+        self.columns = {}
+        self.width = 0
+        for layer in layers:
+            stop = self.width + layer.mask_width
+            self.columns[id(layer)] = slice(self.width, stop)
+            self.width = stop
+        self.layout_checked = False
+
+
+class Draws:
+    """Uniform draws of one forward pass, for all adapted layers of a model.
+
+    Args:
+        values: Tensor of shape `(groups, columns)` in `[0, 1)`. The rows of a
+            batch are split into `groups` equal blocks, one mask each.
+        plan: The model's `MaskPlan`.
+        rows: Length of the leading axis of the batch, or `None` if unknown.
+        at_inference: Whether the masks apply when `training` is false too
+            (ensembles) or in training only.
+    """
+
+    def __init__(self, values, plan, rows=None, at_inference=False):
+        self.values = values
+        self.columns = plan.columns
+        self.rows = rows
+        self.at_inference = at_inference
+
+    def of(self, layer, training):
+        """Return the layer's draws `(groups, width)`, or `None`."""
+        if id(layer) not in self.columns or not (training or self.at_inference):
+            return None
+        return self.values[:, self.columns[id(layer)]]
+
+
+@contextlib.contextmanager
+def use_draws(draws):
+    """Let all adapted layers called inside read their masks from `draws`."""
+    outer = current_draws()
+    _state.draws = draws
+    try:
+        yield
+    finally:
+        _state.draws = outer
+
+
+def current_draws():
+    """Return the active `Draws`, or `None` outside every `use_draws`."""
+    return getattr(_state, "draws", None)
+
+
+def draw_uniform(shape, seed):
+    """Draw float32 numbers in `[0, 1)`; each becomes one mask entry."""
+    return keras.random.uniform(shape, dtype="float32", seed=seed)
+
+
+def keep_mask(draws, dropout_rate, dtype):
+    """Bernoulli(1 - p) masks, [L] Eq. 2: 1 where a draw reaches the rate."""
+    return ops.cast(draws >= dropout_rate, dtype)
+
+
+def delta_scale(scaling, dropout_rate, rescale, masked):
+    """Multiplier of the delta.
+
+    A masked pass has no rescaling by default, as in [L] Eq. 2; `rescale`
+    divides each of the two masks by `1 - p`. The unmasked pass is the mean
+    network: the expectation of the masked delta.
+    """
+    keep = 1.0 - dropout_rate
+    if masked:
+        return scaling / keep**2 if rescale else scaling
+    return scaling if rescale else scaling * keep**2

@@ -1,0 +1,99 @@
+"""The test-time ensemble, [L] Eq. 8: mean over N mask instances."""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_lora_dropout.core import instances
+from keras_lora_dropout.core import layout
+from keras_lora_dropout.core import masks
+from keras_lora_dropout.inference import probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleRequest:
+    """What one `ensemble_predict` or `ensemble_evaluate` call asks for.
+
+    Attributes:
+        num_samples: Number of mask instances N.
+        return_samples: Whether the N outputs stay apart, `(B, N, ...)`.
+        links: `None` to average raw outputs; else, for each flattened output,
+            how it becomes probabilities, which are averaged then.
+        as_outputs: Whether averaged probabilities are turned back into what
+            the model's own loss expects.
+    """
+
+    num_samples: int
+    return_samples: bool = False
+    links: tuple | None = None
+    as_outputs: bool = False
+
+
+def ensemble_outputs(model, call, request, args, kwargs):
+    """Run a forward pass of the model under N mask instances.
+
+    Every call draws from the model's fixed ensemble seed, so that all batches
+    of one prediction see the same N instances whatever their size.
+
+    Args:
+        model: The adapted model.
+        call: The model's own `call`, a function of `(model, *args, **kwargs)`.
+        request: An `EnsembleRequest`.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Returns:
+        The outputs averaged over the instances, or stacked along axis 1.
+    """
+    count, plan = request.num_samples, model.mask_plan
+    values = masks.draw_uniform(
+        (count, plan.width), model.ensemble_seed_generator
+    )
+
+    def run(args, kwargs, values, rows):
+        draws = masks.Draws(values, plan, rows, at_inference=True)
+        with masks.use_draws(draws):
+            return call(model, *args, **kwargs)
+
+    if model.lora_dropout.sampling == "parallel" and count > 1:
+        layout.check_parallel_layout(
+            plan,
+            lambda structure: call(model, *structure[0], **structure[1]),
+            (args, kwargs),
+            count,
+        )
+        rows = instances.batch_size((args, kwargs)) * count
+        args, kwargs = instances.tile((args, kwargs), count)
+        outputs = run(args, kwargs, values, rows)
+        samples = iter(instances.split(outputs, count, rows))
+    else:
+        samples = (
+            run(args, kwargs, values[n : n + 1], None) for n in range(count)
+        )
+    return _combine(samples, request)
+
+
+def _combine(samples, request):
+    def each(sample, function):
+        if request.links is None:
+            return sample
+        leaves = keras.tree.flatten(sample)
+        links = request.links
+        if len(links) == 1:  # A model without a graph has one entry for all.
+            links *= len(leaves)
+        changed = [
+            function(leaf, link or probabilities.default_link(leaf))
+            for leaf, link in zip(leaves, links, strict=True)
+        ]
+        return keras.tree.pack_sequence_as(sample, changed)
+
+    samples = (each(s, probabilities.to_probabilities) for s in samples)
+    if request.return_samples:
+        return keras.tree.map_structure(
+            lambda *leaves: ops.stack(leaves, axis=1), *samples
+        )
+    outputs = instances.mean(samples)
+    if request.as_outputs:
+        outputs = each(outputs, probabilities.to_outputs)
+    return outputs

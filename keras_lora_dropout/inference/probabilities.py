@@ -1,0 +1,102 @@
+"""Turning a model's outputs into probabilities, and back."""
+
+import keras
+from keras import ops
+
+from keras_lora_dropout.core.keras_internals import producer
+
+
+_PROBABILITY_ACTIVATIONS = (keras.activations.softmax, keras.activations.sigmoid)
+
+
+def output_links(model):
+    """Say how each flattened output of a model becomes probabilities.
+
+    Returns:
+        Tuple of `"softmax"`, `"sigmoid"`, `"identity"` (the output already is
+        a probability) or `None` (nothing tells; see `default_link`). It has a
+        single entry where the number of outputs is not known.
+    """
+    outputs = keras.tree.flatten(getattr(model, "outputs", None) or [None])
+    losses = _losses(model, len(outputs))
+    return tuple(
+        "identity" if _is_probability(output) else link_of(loss)
+        for output, loss in zip(outputs, losses, strict=True)
+    )
+
+
+def link_of(loss):
+    """The link that a compiled loss implies, or `None` if it implies none.
+
+    Args:
+        loss: What `compile` was given for one output: a `keras.losses.Loss`,
+            a name, a function or `None`.
+    """
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    if isinstance(loss, type):
+        loss = loss()
+    if isinstance(loss, keras.losses.Loss):
+        title, logits = type(loss).__name__, _from_logits(loss)
+    else:
+        title, logits = getattr(loss, "__name__", ""), False
+    title = title.replace("_", "").lower()
+    if "crossentropy" not in title:
+        return None
+    if not logits:
+        return "identity"
+    return "sigmoid" if "binary" in title else "softmax"
+
+
+def default_link(outputs):
+    """Softmax over a last axis of several entries, sigmoid over one."""
+    return "softmax" if outputs.shape[-1] != 1 else "sigmoid"
+
+
+def to_probabilities(outputs, link):
+    """Apply a link in float32 at the least."""
+    if link == "identity":
+        return outputs
+    outputs = ops.cast(
+        outputs, keras.backend.result_type(outputs.dtype, "float32")
+    )
+    function = ops.softmax if link == "softmax" else ops.sigmoid
+    return function(outputs)
+
+
+def to_outputs(probabilities, link):
+    """Undo `to_probabilities`, so that the model's own loss can be applied."""
+    if link == "identity":
+        return probabilities
+    tiny = keras.config.epsilon() ** 2
+    log = ops.log(ops.maximum(probabilities, tiny))
+    if link == "softmax":
+        return log
+    return log - ops.log(ops.maximum(1.0 - probabilities, tiny))
+
+
+def _losses(model, count):
+    loss = model.loss if model.compiled else None
+    if not keras.tree.is_nested(loss):
+        return [loss] * count
+    if isinstance(loss, dict):
+        names = getattr(model, "output_names", sorted(loss))
+        losses = [loss.get(name) for name in names]
+    else:
+        losses = keras.tree.flatten(loss)
+    return losses if len(losses) == count else [None] * count
+
+
+def _is_probability(output):
+    """Whether the operation behind a symbolic output is a softmax or sigmoid."""
+    if output is None:
+        return False
+    operation, _ = producer(output)
+    if isinstance(operation, keras.layers.Softmax):
+        return True
+    activation = getattr(operation, "activation", None)
+    return activation in _PROBABILITY_ACTIVATIONS
+
+
+def _from_logits(loss):
+    return bool(loss.get_config().get("from_logits", False))

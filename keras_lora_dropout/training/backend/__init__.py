@@ -1,0 +1,18 @@
+"""One gradient step, for the backend that Keras runs on."""
+
+import keras
+
+if keras.config.backend() == "jax":
+    from keras_lora_dropout.training.backend.jax import NSampleTrainStep
+elif keras.config.backend() == "torch":
+    from keras_lora_dropout.training.backend.torch import NSampleTrainStep
+elif keras.config.backend() == "tensorflow":
+    from keras_lora_dropout.training.backend.tensorflow import NSampleTrainStep
+else:
+    raise ImportError(
+        "keras_lora_dropout trains on the Keras backends jax, torch and "
+        f"tensorflow. Received: KERAS_BACKEND={keras.config.backend()!r}. Set "
+        "KERAS_BACKEND to one of these before importing Keras."
+    )
+
+__all__ = ["NSampleTrainStep"]

@@ -1,0 +1,89 @@
+"""The training step on JAX: pure functions of the model's state."""
+
+import jax
+import keras
+
+from keras_lora_dropout.core.masks import use_draws
+from keras_lora_dropout.training import objective
+
+
+class NSampleTrainStep:
+    """Mixin: `train_step` on the N-sample objective."""
+
+    def train_step(self, state, data):
+        trainable, non_trainable, optimizer_variables, metrics = state
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        fixed = list(zip(self.optimizer.variables, optimizer_variables))
+
+        def loss_of_pass(trainable, non_trainable, metrics, values):
+            mapping = [
+                *zip(self.trainable_variables, trainable),
+                *zip(self.non_trainable_variables, non_trainable),
+                *zip(self.metrics_variables, metrics),
+                *fixed,
+            ]
+            draws = objective.pass_draws(self, x, values)
+            with (
+                keras.StatelessScope(mapping, collect_losses=True) as scope,
+                use_draws(draws),
+            ):
+                loss, outputs = objective.pass_loss(self, x, y, sample_weight)
+                scaled = objective.scale_loss(self, loss)
+            non_trainable = _values(scope, self.non_trainable_variables)
+            metrics = _values(scope, self.metrics_variables)
+            return scaled, (loss, outputs, non_trainable, metrics)
+
+        gradient_of_pass = jax.value_and_grad(loss_of_pass, has_aux=True)
+
+        def run_pass(non_trainable, metrics, values):
+            (_, aux), gradients = gradient_of_pass(
+                trainable, non_trainable, metrics, values
+            )
+            loss, outputs, non_trainable, metrics = aux
+            return (non_trainable, metrics), (gradients, loss, outputs)
+
+        mapping = zip(self.non_trainable_variables, non_trainable)
+        with keras.StatelessScope(mapping) as scope:
+            passes = objective.draw_passes(self, x)
+        non_trainable = _values(scope, self.non_trainable_variables)
+
+        (non_trainable, metrics), (gradients, loss, outputs) = _mean_over(
+            run_pass, (non_trainable, metrics), passes
+        )
+        trainable, optimizer_variables = self.optimizer.stateless_apply(
+            optimizer_variables, gradients, trainable
+        )
+        mapping = zip(self.metrics_variables, metrics)
+        with keras.StatelessScope(mapping) as scope:
+            logs = objective.update_metrics(
+                self, x, y, outputs, sample_weight, loss
+            )
+        metrics = _values(scope, self.metrics_variables)
+        return logs, (trainable, non_trainable, optimizer_variables, metrics)
+
+
+def _mean_over(run_pass, state, passes):
+    """Run the passes in turn; thread their state, average their results.
+
+    A scan compiles the pass once and keeps one pass alive at a time. Results
+    are added up as they come, so that memory does not grow with the passes.
+    """
+    if len(passes) == 1:
+        return run_pass(*state, passes[0])
+    _, shapes = jax.eval_shape(run_pass, *state, passes[0])
+    zeros = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
+
+    def step(carry, values):
+        state, total = carry
+        state, result = run_pass(*state, values)
+        return (state, jax.tree.map(jax.numpy.add, total, result)), None
+
+    (state, total), _ = jax.lax.scan(
+        step, (state, zeros), jax.numpy.stack(passes)
+    )
+    mean = jax.tree.map(lambda t: t / len(passes), total)
+    return state, mean
+
+
+def _values(scope, variables):
+    return [scope.get_current_value(variable) for variable in variables]

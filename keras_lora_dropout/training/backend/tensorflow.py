@@ -1,0 +1,35 @@
+"""The training step on TensorFlow: one gradient tape for each pass."""
+
+import keras
+import tensorflow as tf
+
+from keras_lora_dropout.core import instances
+from keras_lora_dropout.core.masks import use_draws
+from keras_lora_dropout.training import objective
+
+
+class NSampleTrainStep:
+    """Mixin: `train_step` on the N-sample objective."""
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        weights = list(self.trainable_weights)
+
+        def run_pass(values):
+            draws = objective.pass_draws(self, x, values)
+            with tf.GradientTape() as tape, use_draws(draws):
+                loss, outputs = objective.pass_loss(self, x, y, sample_weight)
+                scaled = objective.scale_loss(self, loss)
+            gradients = [
+                None if gradient is None else tf.convert_to_tensor(gradient)
+                for gradient in tape.gradient(scaled, weights)
+            ]
+            return loss, outputs, gradients
+
+        loss, outputs, gradients = instances.mean(
+            run_pass(values) for values in objective.draw_passes(self, x)
+        )
+        self.optimizer.apply(gradients, weights)
+        return objective.update_metrics(
+            self, x, y, outputs, sample_weight, loss
+        )

@@ -1,0 +1,40 @@
+"""The training step on torch: gradients add up in the parameters."""
+
+import keras
+import torch
+
+from keras_lora_dropout.core import instances
+from keras_lora_dropout.core.masks import use_draws
+from keras_lora_dropout.training import objective
+
+
+class NSampleTrainStep:
+    """Mixin: `train_step` on the N-sample objective."""
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        passes = objective.draw_passes(self, x)
+
+        def run_pass(values):
+            # Gradient checkpointing runs the forward pass again in `backward`
+            # and needs its masks there.
+            with use_draws(objective.pass_draws(self, x, values)):
+                loss, outputs = objective.pass_loss(self, x, y, sample_weight)
+                scaled = objective.scale_loss(self, loss) / len(passes)
+                scaled.backward()
+            return keras.tree.map_structure(_detach, (loss, outputs))
+
+        self.zero_grad()
+        loss, outputs = instances.mean(run_pass(values) for values in passes)
+        weights = list(self.trainable_weights)
+        with torch.no_grad():
+            self.optimizer.apply([w.value.grad for w in weights], weights)
+        return objective.update_metrics(
+            self, x, y, outputs, sample_weight, loss
+        )
+
+
+def _detach(tensor):
+    detached = tensor.detach()
+    instances.copy_mask(tensor, detached)
+    return detached

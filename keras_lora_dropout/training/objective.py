@@ -1,0 +1,105 @@
+"""The N-sample objective, [L] Eq. 7, written once for all backends.
+
+A step consists of passes. `sampling="parallel"` makes one pass that carries
+all N instances in its batch; `sampling="sequential"` makes N passes of one
+instance each. The backends differ only in how they turn the loss of a pass
+into gradients and add those up.
+"""
+
+import inspect
+
+from keras import ops
+
+from keras_lora_dropout.core import instances
+from keras_lora_dropout.core import layout
+from keras_lora_dropout.core import masks
+
+
+def draw_passes(model, x):
+    """Draw the masks of one training step.
+
+    Args:
+        model: The adapted model.
+        x: Inputs of the batch, a nested structure of tensors.
+
+    Returns:
+        A list of draws, one entry for each pass: tensors of shape
+        `(groups, columns)`, one group for each mask in the pass.
+    """
+    settings = model.lora_dropout
+    groups = 1
+    if settings.mask_sharing == "example":
+        groups = instances.batch_size(x)
+    plan = model.mask_plan
+    values = masks.draw_uniform(
+        (settings.num_samples, groups, plan.width), model.mask_seed_generator
+    )
+    if settings.sampling == "sequential":
+        return [values[n] for n in range(settings.num_samples)]
+    if settings.num_samples > 1:
+        layout.check_parallel_layout(
+            model.mask_plan,
+            lambda inputs: model(inputs, training=True),
+            x,
+            settings.num_samples,
+        )
+    return [ops.reshape(values, (settings.num_samples * groups, plan.width))]
+
+
+def instances_per_pass(model):
+    """Number of mask instances that one forward pass carries."""
+    settings = model.lora_dropout
+    return settings.num_samples if settings.sampling == "parallel" else 1
+
+
+def pass_draws(model, x, values):
+    """Return the `Draws` that layers read in the pass of `values`."""
+    rows = instances.batch_size(x) * instances_per_pass(model)
+    return masks.Draws(values, model.mask_plan, rows)
+
+
+def pass_loss(model, x, y, sample_weight):
+    """Mean loss over the instances of one pass, and their mean output.
+
+    Call it inside `use_draws(pass_draws(...))`. Each instance's loss is the
+    model's own `compute_loss` on its own outputs, so that every loss,
+    reduction, weight and custom `compute_loss` keeps its meaning.
+
+    Returns:
+        Tuple of the scalar loss and the outputs averaged over the instances.
+    """
+    count = instances_per_pass(model)
+    outputs = model(instances.tile(x, count), training=True)
+    rows = instances.batch_size(x) * count
+    samples = instances.split(outputs, count, rows)
+    compute_loss = _compute_loss(model)
+    losses = [compute_loss(x, y, sample, sample_weight) for sample in samples]
+    loss = losses[0] if count == 1 else sum(losses) / count
+    return loss, instances.mean(samples)
+
+
+def scale_loss(model, loss):
+    """Apply the optimizer's loss scale, where it has one."""
+    return loss if model.optimizer is None else model.optimizer.scale_loss(loss)
+
+
+def update_metrics(model, x, y, outputs, sample_weight, loss):
+    """Track the loss, update the metrics, return the logs."""
+    for metric in model.metrics:
+        if metric.name == "loss":
+            metric.update_state(loss, sample_weight=instances.batch_size(x))
+            break
+    return model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
+
+
+def _compute_loss(model):
+    # Overrides written for an early Keras 3 take no `training`.
+    parameters = inspect.signature(model.compute_loss).parameters
+    extra = {"training": True} if "training" in parameters else {}
+
+    def compute_loss(x, y, y_pred, sample_weight):
+        return model.compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, **extra
+        )
+
+    return compute_loss
