@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.core import masks
 
 BACKEND = keras.config.backend()
 
@@ -18,14 +19,18 @@ def assert_close(actual, expected, tolerance=1e-5):
     )
 
 
-def tiny_mlp(features=6, classes=3, **layer_options):
+def seeded_dense(units, seed, **options):
+    """A `Dense` layer that always starts from the same kernel."""
+    initializer = keras.initializers.GlorotUniform(seed)
+    return keras.layers.Dense(units, kernel_initializer=initializer, **options)
+
+
+def tiny_mlp(features=6, classes=3):
     """A functional model: two hidden layers and a head, unadapted."""
     inputs = keras.Input((features,), name="features")
-    x = keras.layers.Dense(
-        8, activation="tanh", name="first", **layer_options
-    )(inputs)
-    x = keras.layers.Dense(8, activation="tanh", name="second")(x)
-    return keras.Model(inputs, keras.layers.Dense(classes, name="head")(x))
+    x = seeded_dense(8, 1, activation="tanh", name="first")(inputs)
+    x = seeded_dense(8, 2, activation="tanh", name="second")(x)
+    return keras.Model(inputs, seeded_dense(classes, 3, name="head")(x))
 
 
 def randomize(model, seed=0, scale=0.3):
@@ -59,3 +64,33 @@ def classification_data(examples=10, features=6, classes=3, seed=0):
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(examples, features)).astype("float32")
     return x, generator.integers(0, classes, examples)
+
+
+def array(tensor):
+    """A tensor or variable as a float64 array, for `reference.py`."""
+    return keras.ops.convert_to_numpy(tensor).astype("float64")
+
+
+def draws_of(layers, values, rows=None):
+    """A context in which layers use given draws: 0 drops, 1 keeps.
+
+    `values` has the shape `(groups, columns)`; each layer's columns are those
+    of its input features, then those of its output features.
+    """
+    values = keras.ops.convert_to_tensor(values, "float32")
+    return masks.use_draws(masks.Draws(masks.MaskPlan(layers), values, rows))
+
+
+def draws_after(state, shape):
+    """What a seed generator in a given state draws next."""
+    generator = keras.random.SeedGenerator(0)
+    generator.state.assign(keras.ops.convert_to_numpy(state))
+    return array(keras.random.uniform(shape, seed=generator))
+
+
+def set_random(variables, seed=0, scale=0.5):
+    """Give all float variables normal values, so that none is trivial."""
+    generator = np.random.default_rng(seed)
+    for variable in variables:
+        if "float" in keras.backend.standardize_dtype(variable.dtype):
+            variable.assign(generator.normal(0, scale, variable.shape))

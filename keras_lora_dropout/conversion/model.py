@@ -78,20 +78,21 @@ class AdaptedModel(NSampleTrainStep):
     @property
     def mask_plan(self):
         """The `MaskPlan` of the adapted layers, made at first use."""
+        plan = self._find_mask_plan()
+        if plan is None:
+            raise ValueError(
+                f'Model "{self.name}" has no adapted layer that is built. Use '
+                "`LoRADropoutDense` or `LoRADropoutEinsumDense` in it, or call "
+                "`enable_lora_dropout` on it; a subclassed model must be "
+                "called on a batch of data first."
+            )
+        return plan
+
+    def _find_mask_plan(self):
         if self._mask_plan is None:
             layers = [layer for _, layer in self.adapted_layers]
-            if not all(layer.built for layer in layers):
-                raise ValueError(
-                    f'Model "{self.name}" has adapted layers that are not '
-                    "built yet. Call the model on a batch of data first."
-                )
-            if not layers:
-                raise ValueError(
-                    f'Model "{self.name}" has no adapted layer. Use '
-                    "`LoRADropoutDense` or `LoRADropoutEinsumDense` in it, or "
-                    "call `enable_lora_dropout` on it."
-                )
-            self._mask_plan = masks.MaskPlan(layers)
+            if layers and all(layer.built for layer in layers):
+                self._mask_plan = masks.MaskPlan(layers)
         return self._mask_plan
 
     def fit(self, x=None, y=None, *args, **kwargs):
@@ -226,10 +227,9 @@ class AdaptedModel(NSampleTrainStep):
         """
         state = self._ensemble_state
         seed = validation.seed(seed)
-        self.mask_plan  # noqa: B018 - raises before anything is changed.
-        self.ensemble_seed_generator.set(
-            state.random.randrange(validation.MAX_SEED) if seed is None else seed
-        )
+        if seed is None:
+            seed = state.random.randrange(validation.MAX_SEED)
+        self.ensemble_seed_generator.set(seed)
         plain = self.predict_function, self.test_function
         self.predict_function, self.test_function = state.functions(
             request, self._compilation()
@@ -292,17 +292,19 @@ def with_instances(call):
 
     @functools.wraps(call)
     def wrapped(self, *args, **kwargs):
-        is_model = isinstance(self, AdaptedModel) and self.lora_dropout
-        if not is_model or masks.current_draws() is not None:
+        if not isinstance(self, AdaptedModel) or self.lora_dropout is None:
+            return call(self, *args, **kwargs)
+        plan = self._find_mask_plan()
+        if plan is None or masks.current_draws() is not None:
             return call(self, *args, **kwargs)
         if self._request is not None:
             return ensemble_outputs(self, call, self._request, args, kwargs)
+        values = None
         if kwargs.get("training"):
             values = masks.draw_uniform(
-                (1, self.mask_plan.width), self.mask_seed_generator
+                (1, plan.width), self.mask_seed_generator
             )
-            with masks.use_draws(masks.Draws(values, self.mask_plan)):
-                return call(self, *args, **kwargs)
-        return call(self, *args, **kwargs)
+        with masks.use_draws(masks.Draws(plan, values)):
+            return call(self, *args, **kwargs)
 
     return wrapped

@@ -45,9 +45,7 @@ def select_targets(model, target_layers):
         ValueError: If nothing, or not every name, matches a linear layer.
     """
     paths = layer_paths(model)
-    linear = {
-        path: layer for path, layer in paths.items() if isinstance(layer, LINEAR)
-    }
+    linear = {p: lyr for p, lyr in paths.items() if isinstance(lyr, LINEAR)}
     if isinstance(target_layers, str) and target_layers == "all-linear":
         wanted = _all_linear(model)
         chosen = [(p, lyr) for p, lyr in linear.items() if id(lyr) in wanted]
@@ -101,9 +99,7 @@ def _all_linear(model):
     if backbone is not None:
         return set(map(id, block_layers(backbone)))
     heads = {id(layer) for layer in head_layers(model)}
-    return {
-        id(layer) for layer in descendants(model) if id(layer) not in heads
-    }
+    return {id(layer) for layer in descendants(model) if id(layer) not in heads}
 
 
 def _match(argument, selector, paths):
@@ -128,8 +124,8 @@ def _match(argument, selector, paths):
     if unmatched:
         raise ValueError(
             f"`{argument}` names layers that are not there: {unmatched}. "
-            f"Received: {argument}={selector!r}. Layers that can be named here: "
-            f"{_quoted_names(paths)}."
+            f"Received: {argument}={selector!r}. Layers that can be named "
+            f"here: {_quoted_names(paths)}."
         )
     return [
         (p, lyr)

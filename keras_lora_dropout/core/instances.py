@@ -5,6 +5,8 @@ instance `n`. Big matrix products then run on contiguous rows, and each
 instance is one slice.
 """
 
+import functools
+
 import keras
 from keras import ops
 
@@ -19,8 +21,8 @@ def tile(structure, num_instances):
     """Repeat every tensor's leading axis, once for each instance.
 
     Args:
-        structure: Nested structure of tensors; scalars and anything that is
-            no tensor pass unchanged.
+        structure: Nested structure of tensors or arrays; scalars and anything
+            that has no shape pass unchanged.
         num_instances: Positive integer.
 
     Returns:
@@ -30,9 +32,7 @@ def tile(structure, num_instances):
         return structure
 
     def repeat(leaf):
-        if not ops.is_tensor(leaf) and not isinstance(leaf, keras.KerasTensor):
-            return leaf
-        if len(leaf.shape) == 0:
+        if not has_rows(leaf):
             return leaf
         tiled = ops.concatenate([leaf] * num_instances, axis=0)
         copy_mask(
@@ -66,14 +66,16 @@ def split(structure, num_instances, rows=None):
         check_rows("An output of the model", leaf.shape, rows)
         parts = ops.split(leaf, num_instances, axis=0)
         for n, part in enumerate(parts):
-            copy_mask(
-                leaf, part, lambda m, n=n: ops.split(m, num_instances, axis=0)[n]
-            )
+            copy_mask(leaf, part, functools.partial(_nth, n, num_instances))
         pieces.append(parts)
     return [
         keras.tree.pack_sequence_as(structure, list(parts))
         for parts in zip(*pieces, strict=True)
     ]
+
+
+def _nth(n, num_instances, mask):
+    return ops.split(mask, num_instances, axis=0)[n]
 
 
 def mean(structures):
@@ -122,12 +124,17 @@ def _add(total, leaf):
     return None if leaf is None else total + _widen(leaf)
 
 
+def has_rows(leaf):
+    """Whether a leaf is a tensor or array with a leading axis."""
+    return len(getattr(leaf, "shape", ())) > 0
+
+
 def batch_size(structure):
     """Length of the leading axis of the first tensor in a structure."""
     for leaf in keras.tree.flatten(structure):
-        if leaf is not None:
+        if has_rows(leaf):
             return ops.shape(leaf)[0]
-    raise ValueError("The batch has no inputs: every entry of `x` is None.")
+    raise ValueError("The batch has no inputs: no entry of `x` is a tensor.")
 
 
 def check_rows(what, shape, rows):

@@ -1,11 +1,11 @@
 """The few private names of Keras that have no public counterpart.
 
-Keras lets a layer gain weights after it was built only through its own
-`enable_lora` and `quantize`, and lists the sublayers of a layer (as opposed to
-those of a model) nowhere in public; nor is the graph of a functional model
-readable from its output back, except through its tensors' history. The padding mask that losses and metrics
-read from a tensor has no public accessor either. Everything private is here,
-and a Keras that lacks it is refused with its version.
+- A built layer gains weights only through its own `enable_lora` or `quantize`.
+- The sublayers of a layer, as opposed to those of a model, are listed nowhere.
+- The graph of a functional model is not readable from an output back.
+- The padding mask that losses read from a tensor has no accessor.
+
+Everything private is here, and a Keras that lacks it is refused by version.
 """
 
 import contextlib
@@ -60,6 +60,6 @@ def _private(layer, name):
     except AttributeError:
         raise RuntimeError(
             f"keras_lora_dropout does not know Keras {keras.__version__}: a "
-            f"{type(layer).__name__} has no `{name}`. Install a Keras version that this "
-            "release supports (see `pip show keras_lora_dropout`)."
+            f"{type(layer).__name__} has no `{name}`. Install a Keras version "
+            "that this release supports (see `pip show keras_lora_dropout`)."
         ) from None

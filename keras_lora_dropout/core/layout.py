@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core.instances import LayoutError
+from keras_lora_dropout.core.instances import has_rows
 from keras_lora_dropout.core.instances import split
 from keras_lora_dropout.core.masks import Draws
 from keras_lora_dropout.core.masks import use_draws
@@ -41,14 +42,14 @@ def check_parallel_layout(plan, forward, inputs, num_instances):
     rows = _PROBE_ROWS * num_instances
 
     def symbolic(leaf):
-        if not ops.is_tensor(leaf) or len(leaf.shape) == 0:
+        if not has_rows(leaf):
             return leaf
         dtype = keras.backend.standardize_dtype(leaf.dtype)
         return keras.KerasTensor((rows, *leaf.shape[1:]), dtype)
 
     def checked(x):
         values = ops.zeros((num_instances, plan.width))
-        with use_draws(Draws(values, plan, rows, at_inference=True)):
+        with use_draws(Draws(plan, values, rows)):
             outputs = forward(x)
         split(outputs, num_instances, rows)
         return outputs

@@ -49,26 +49,28 @@ class MaskPlan:
 
 
 class Draws:
-    """Uniform draws of one forward pass, for all adapted layers of a model.
+    """What the adapted layers of a model use in one forward pass.
 
     Args:
-        values: Tensor of shape `(groups, columns)` in `[0, 1)`. The rows of a
-            batch are split into `groups` equal blocks, one mask each.
         plan: The model's `MaskPlan`.
+        values: Tensor of shape `(groups, plan.width)` in `[0, 1)`; the rows of
+            a batch are split into `groups` equal blocks, one mask each. `None`
+            for the mean network: no masks.
         rows: Length of the leading axis of the batch, or `None` if unknown.
-        at_inference: Whether the masks apply when `training` is false too
-            (ensembles) or in training only.
     """
 
-    def __init__(self, values, plan, rows=None, at_inference=False):
-        self.values = values
+    def __init__(self, plan, values=None, rows=None):
         self.columns = plan.columns
+        self.values = values
         self.rows = rows
-        self.at_inference = at_inference
 
-    def of(self, layer, training):
-        """Return the layer's draws `(groups, width)`, or `None`."""
-        if id(layer) not in self.columns or not (training or self.at_inference):
+    def covers(self, layer):
+        """Whether the layer is one of the model's adapted layers."""
+        return id(layer) in self.columns
+
+    def of(self, layer):
+        """Return the layer's draws `(groups, width)`; `None` for no masks."""
+        if self.values is None:
             return None
         return self.values[:, self.columns[id(layer)]]
 

@@ -52,8 +52,7 @@ def ensemble_outputs(model, call, request, args, kwargs):
     )
 
     def run(args, kwargs, values, rows):
-        draws = masks.Draws(values, plan, rows, at_inference=True)
-        with masks.use_draws(draws):
+        with masks.use_draws(masks.Draws(plan, values, rows)):
             return call(model, *args, **kwargs)
 
     if model.lora_dropout.sampling == "parallel" and count > 1:

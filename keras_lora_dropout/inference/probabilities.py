@@ -5,8 +5,10 @@ from keras import ops
 
 from keras_lora_dropout.core.keras_internals import producer
 
-
-_PROBABILITY_ACTIVATIONS = (keras.activations.softmax, keras.activations.sigmoid)
+_PROBABILITY_ACTIVATIONS = (
+    keras.activations.softmax,
+    keras.activations.sigmoid,
+)
 
 
 def output_links(model):
@@ -88,7 +90,7 @@ def _losses(model, count):
 
 
 def _is_probability(output):
-    """Whether the operation behind a symbolic output is a softmax or sigmoid."""
+    """Whether a symbolic output comes out of a softmax or sigmoid."""
     if output is None:
         return False
     operation, _ = producer(output)

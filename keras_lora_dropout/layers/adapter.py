@@ -93,11 +93,18 @@ class LoRADropoutAdapter:
         if self.dropout_rate == 0:
             return None
         active = masks.current_draws()
-        draws = active.of(self, training) if active is not None else None
+        if active is not None and active.covers(self):
+            # The pass decides, not `training`, which gradient checkpointing on
+            # JAX passes as a traced value.
+            draws = active.of(self)
+        elif training:
+            draws = masks.draw_uniform(
+                (1, self.mask_width), self.seed_generator
+            )
+        else:
+            draws = None
         if draws is None:
-            if not training:
-                return None
-            draws = masks.draw_uniform((1, self.mask_width), self.seed_generator)
+            return None
         keep = masks.keep_mask(draws, self.dropout_rate, self.compute_dtype)
         input_dim = self.mask_sizes[0]
         return keep[:, :input_dim], keep[:, input_dim:]

@@ -55,7 +55,7 @@ def instances_per_pass(model):
 def pass_draws(model, x, values):
     """Return the `Draws` that layers read in the pass of `values`."""
     rows = instances.batch_size(x) * instances_per_pass(model)
-    return masks.Draws(values, model.mask_plan, rows)
+    return masks.Draws(model.mask_plan, values, rows)
 
 
 def pass_loss(model, x, y, sample_weight):

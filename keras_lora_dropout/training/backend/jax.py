@@ -13,18 +13,16 @@ class NSampleTrainStep:
     def train_step(self, state, data):
         trainable, non_trainable, optimizer_variables, metrics = state
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        fixed = list(zip(self.optimizer.variables, optimizer_variables))
 
         def loss_of_pass(trainable, non_trainable, metrics, values):
-            mapping = [
-                *zip(self.trainable_variables, trainable),
-                *zip(self.non_trainable_variables, non_trainable),
-                *zip(self.metrics_variables, metrics),
-                *fixed,
-            ]
             draws = objective.pass_draws(self, x, values)
             with (
-                keras.StatelessScope(mapping, collect_losses=True) as scope,
+                _state(
+                    (self.trainable_variables, trainable),
+                    (self.non_trainable_variables, non_trainable),
+                    (self.metrics_variables, metrics),
+                    (self.optimizer.variables, optimizer_variables),
+                ) as scope,
                 use_draws(draws),
             ):
                 loss, outputs = objective.pass_loss(self, x, y, sample_weight)
@@ -42,8 +40,7 @@ class NSampleTrainStep:
             loss, outputs, non_trainable, metrics = aux
             return (non_trainable, metrics), (gradients, loss, outputs)
 
-        mapping = zip(self.non_trainable_variables, non_trainable)
-        with keras.StatelessScope(mapping) as scope:
+        with _state((self.non_trainable_variables, non_trainable)) as scope:
             passes = objective.draw_passes(self, x)
         non_trainable = _values(scope, self.non_trainable_variables)
 
@@ -53,8 +50,7 @@ class NSampleTrainStep:
         trainable, optimizer_variables = self.optimizer.stateless_apply(
             optimizer_variables, gradients, trainable
         )
-        mapping = zip(self.metrics_variables, metrics)
-        with keras.StatelessScope(mapping) as scope:
+        with _state((self.metrics_variables, metrics)) as scope:
             logs = objective.update_metrics(
                 self, x, y, outputs, sample_weight, loss
             )
@@ -83,6 +79,16 @@ def _mean_over(run_pass, state, passes):
     )
     mean = jax.tree.map(lambda t: t / len(passes), total)
     return state, mean
+
+
+def _state(*pairs):
+    """A scope in which variables hold the given values, and collect losses."""
+    mapping = [
+        entry
+        for variables, values in pairs
+        for entry in zip(variables, values, strict=True)
+    ]
+    return keras.StatelessScope(mapping, collect_losses=True)
 
 
 def _values(scope, variables):

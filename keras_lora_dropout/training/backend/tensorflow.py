@@ -16,15 +16,16 @@ class NSampleTrainStep:
         weights = list(self.trainable_weights)
 
         def run_pass(values):
-            draws = objective.pass_draws(self, x, values)
-            with tf.GradientTape() as tape, use_draws(draws):
-                loss, outputs = objective.pass_loss(self, x, y, sample_weight)
-                scaled = objective.scale_loss(self, loss)
-            gradients = [
-                None if gradient is None else tf.convert_to_tensor(gradient)
-                for gradient in tape.gradient(scaled, weights)
-            ]
-            return loss, outputs, gradients
+            # Gradient checkpointing runs the forward pass again in `gradient`
+            # and needs its masks there.
+            with use_draws(objective.pass_draws(self, x, values)):
+                with tf.GradientTape() as tape:
+                    loss, outputs = objective.pass_loss(
+                        self, x, y, sample_weight
+                    )
+                    scaled = objective.scale_loss(self, loss)
+                gradients = tape.gradient(scaled, weights)
+            return loss, outputs, [_dense(gradient) for gradient in gradients]
 
         loss, outputs, gradients = instances.mean(
             run_pass(values) for values in objective.draw_passes(self, x)
@@ -33,3 +34,8 @@ class NSampleTrainStep:
         return objective.update_metrics(
             self, x, y, outputs, sample_weight, loss
         )
+
+
+def _dense(gradient):
+    """Densify the gradient of an embedding; `None` if the loss ignores it."""
+    return None if gradient is None else tf.convert_to_tensor(gradient)
