@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import producer
 from keras_lora_dropout.core.keras_internals import sublayers
 
@@ -31,16 +32,6 @@ def block_layers(backbone):
     for child in sublayers(backbone):
         if "embedding" not in child.name:
             yield from descendants(child)
-
-
-def descendants(layer, seen=None):
-    """Yield all layers below a layer, parents first, each once."""
-    seen = set() if seen is None else seen
-    for child in sublayers(layer):
-        if id(child) not in seen:
-            seen.add(id(child))
-            yield child
-            yield from descendants(child, seen)
 
 
 def head_layers(model):

@@ -4,17 +4,20 @@ import functools
 import logging
 import math
 import random
+import types
 
 import keras
 
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.conversion.model import SamplingSettings
+from keras_lora_dropout.conversion.model import refuse_copy
 from keras_lora_dropout.conversion.model import with_instances
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.targets import select_targets
 from keras_lora_dropout.conversion.targets import select_trainable
 from keras_lora_dropout.conversion.trainable import freeze
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.layers import adapter
 
 logger = logging.getLogger("keras_lora_dropout")
@@ -129,6 +132,7 @@ def enable_lora_dropout(
     if not isinstance(model, AdaptedModel):
         model.__class__ = _adapted_class(type(model))
     model._start_sampling(settings, streams.randrange(validation.MAX_SEED))
+    _guard_containers(model)
     _forget_compiled_state(model)
     _report(model)
     return model
@@ -157,21 +161,30 @@ def _adapted_class(cls):
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "call": with_instances(cls.call),
-        "__reduce__": _cannot_copy,
-        "get_config": _cannot_copy,
+        # A converted class has no instances but converted ones; Keras calls
+        # it to clone one.
+        "__init__": _refuse_to_construct,
     }
     return type(f"LoRADropout{cls.__name__}", (AdaptedModel, cls), namespace)
 
 
-def _cannot_copy(self):
-    raise ValueError(
-        f'Model "{self.name}" has LoRA Dropout adapters, which a copy by '
-        "configuration (`clone_model`, `copy.deepcopy`, pickle, `save`) would "
-        "lose. To copy it, build the plain model again, call "
-        "`enable_lora_dropout` on it with the same arguments, and then "
-        "`copy.set_weights(model.get_weights())`; to store it, use "
-        "`save_weights` and `load_weights`."
-    )
+def _refuse_to_construct(self, *args, name="model", **kwargs):
+    refuse_copy(types.SimpleNamespace(name=name))
+
+
+def _guard_containers(model):
+    """Let no container of adapters be rebuilt from its own recipe.
+
+    A backbone's or block's configuration builds plain layers, so a copy or a
+    preset of it would lose the adapters without a word.
+    """
+    for layer in descendants(model):
+        is_adapter = isinstance(layer, adapter.LoRADropoutAdapter)
+        if not is_adapter and any(
+            isinstance(part, adapter.LoRADropoutAdapter)
+            for part in descendants(layer)
+        ):
+            layer.get_config = functools.partial(refuse_copy, layer)
 
 
 def _forget_compiled_state(model):

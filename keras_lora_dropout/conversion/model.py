@@ -95,6 +95,15 @@ class AdaptedModel(NSampleTrainStep):
                 self._mask_plan = masks.MaskPlan(layers)
         return self._mask_plan
 
+    def get_config(self):
+        refuse_copy(self)
+
+    def get_compile_config(self):
+        refuse_copy(self)
+
+    def __reduce__(self):
+        refuse_copy(self)
+
     def fit(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.fit`, minimising the N-sample objective."""
         validation.not_empty("x", x)
@@ -258,6 +267,17 @@ class AdaptedModel(NSampleTrainStep):
             self.run_eagerly,
             self.steps_per_execution,
         )
+
+
+def refuse_copy(model, *args, **kwargs):
+    """Raise `ValueError`: a copy by configuration would lose the adapters."""
+    raise ValueError(
+        f'"{model.name}" has LoRA Dropout adapters, which a copy by '
+        "configuration (`clone_model`, `copy.deepcopy`, pickle, `save`) would "
+        "lose. To copy the model, build it again, call `enable_lora_dropout` "
+        "with the same arguments, then "
+        "`copy.set_weights(model.get_weights())`. To store it, use `save_weights` and `load_weights`."
+    )
 
 
 class _EnsembleState:

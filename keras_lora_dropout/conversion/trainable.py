@@ -1,6 +1,6 @@
 """Freezing: adapters and the chosen layers train, nothing else does."""
 
-from keras_lora_dropout.architectures.blocks import descendants
+from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import sublayers
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 

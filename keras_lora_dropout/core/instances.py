@@ -12,6 +12,12 @@ from keras import ops
 
 from keras_lora_dropout.core.keras_internals import copy_mask
 
+LAYOUT_ADVICE = (
+    "To run one mask instance after another instead, pass "
+    '`sampling="sequential"`; masks of their own for each example '
+    '(`mask_sharing="example"`) need a leading batch axis in any case.'
+)
+
 
 class LayoutError(ValueError):
     """The model's tensors cannot carry N instances in their leading axis."""
@@ -144,8 +150,5 @@ def check_rows(what, shape, rows):
         return
     raise LayoutError(
         f"{what} has shape {tuple(shape)}, but its leading axis must be the "
-        f"batch axis of {rows} rows to carry several masks in one pass. Pass "
-        '`sampling="sequential"` to `enable_lora_dropout`, which runs one mask '
-        'instance after another; with `mask_sharing="example"` the batch axis '
-        'must lead in any case, so use `mask_sharing="batch"` then.'
+        f"batch axis of {rows} rows. {LAYOUT_ADVICE}"
     )

@@ -27,6 +27,16 @@ def sublayers(layer):
     return list(flatten(include_self=False, recursive=False))
 
 
+def descendants(layer, seen=None):
+    """Yield all layers below a layer, parents first, each once."""
+    seen = set() if seen is None else seen
+    for child in sublayers(layer):
+        if id(child) not in seen:
+            seen.add(id(child))
+            yield child
+            yield from descendants(child, seen)
+
+
 def producer(tensor):
     """Return the operation behind a symbolic tensor, and its input tensors."""
     operation, node_index, _ = _private(tensor, "_keras_history")

@@ -1,11 +1,16 @@
 """Whether a model can run N mask instances as one batch."""
 
+import contextlib
+import functools
+
 import keras
 from keras import ops
 
+from keras_lora_dropout.core.instances import LAYOUT_ADVICE
 from keras_lora_dropout.core.instances import LayoutError
 from keras_lora_dropout.core.instances import has_rows
 from keras_lora_dropout.core.instances import split
+from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.masks import Draws
 from keras_lora_dropout.core.masks import use_draws
 
@@ -24,21 +29,23 @@ class _Forward(keras.Operation):
         return self.function(inputs)
 
 
-def check_parallel_layout(plan, forward, inputs, num_instances):
-    """Raise `LayoutError` unless the leading axis is the batch axis throughout.
+def check_parallel_layout(model, forward, inputs, num_instances):
+    """Raise `LayoutError` unless the model keeps N instances apart.
 
     A model that moves its batch axis away would mix mask instances whenever
     another axis happens to be as long as the batch. So the model is traced
     once with a batch size that nothing else has; nothing is computed.
 
     Args:
-        plan: The model's `MaskPlan`, which remembers a passed check.
+        model: The adapted model; its `mask_plan` remembers a passed check.
         forward: Function that runs the model on inputs like `inputs`.
         inputs: Nested structure of tensors, one batch of one instance.
         num_instances: Positive integer.
     """
-    if plan.layout_checked:
+    if model.mask_plan.layout_checked:
         return
+    _check_batch_axis_is_free(model)
+    _check_no_batch_statistics(model)
     rows = _PROBE_ROWS * num_instances
 
     def symbolic(leaf):
@@ -47,9 +54,11 @@ def check_parallel_layout(plan, forward, inputs, num_instances):
         dtype = keras.backend.standardize_dtype(leaf.dtype)
         return keras.KerasTensor((rows, *leaf.shape[1:]), dtype)
 
+    state = _state_of(model)
+
     def checked(x):
-        values = ops.zeros((num_instances, plan.width))
-        with use_draws(Draws(plan, values, rows)):
+        values = ops.zeros((num_instances, model.mask_plan.width))
+        with state(), use_draws(Draws(model.mask_plan, values, rows)):
             outputs = forward(x)
         split(outputs, num_instances, rows)
         return outputs
@@ -58,10 +67,40 @@ def check_parallel_layout(plan, forward, inputs, num_instances):
         _Forward(checked).compute_output_spec(
             keras.tree.map_structure(symbolic, inputs)
         )
-    except LayoutError:
-        raise
     except Exception as error:
         # Keras words some errors anew; and not every model can be traced.
-        if LayoutError.__name__ in repr(error) or "mask_sharing" in repr(error):
-            raise LayoutError(str(error)) from error
-    plan.layout_checked = True
+        if isinstance(error, LayoutError) or LAYOUT_ADVICE in str(error):
+            raise
+    model.mask_plan.layout_checked = True
+
+
+def _state_of(model):
+    """Return a context that gives the model's variables their values.
+
+    During `fit` on JAX, variables hold no value of their own: the step's scope
+    does, and Keras leaves that scope to infer an output.
+    """
+    if keras.config.backend() != "jax":
+        return contextlib.nullcontext
+    values = [(variable, variable.value) for variable in model.variables]
+    return functools.partial(keras.StatelessScope, values)
+
+
+def _check_batch_axis_is_free(model):
+    for tensor in getattr(model, "inputs", None) or []:
+        if tensor.shape[0] is not None:
+            raise LayoutError(
+                f'Input "{tensor.name}" of shape {tuple(tensor.shape)} has a '
+                f"fixed batch size, so the batch cannot grow. {LAYOUT_ADVICE}"
+            )
+
+
+def _check_no_batch_statistics(model):
+    for layer in descendants(model):
+        is_batch_norm = isinstance(layer, keras.layers.BatchNormalization)
+        if is_batch_norm and layer.trainable:
+            raise LayoutError(
+                f'Layer "{layer.path or layer.name}" normalizes over the batch '
+                "and is trainable, so instances in one batch would change each "
+                f"other. Freeze it, or: {LAYOUT_ADVICE}"
+            )

@@ -57,7 +57,7 @@ def ensemble_outputs(model, call, request, args, kwargs):
 
     if model.lora_dropout.sampling == "parallel" and count > 1:
         layout.check_parallel_layout(
-            plan,
+            model,
             lambda structure: call(model, *structure[0], **structure[1]),
             (args, kwargs),
             count,

@@ -38,7 +38,7 @@ def draw_passes(model, x):
         return [values[n] for n in range(settings.num_samples)]
     if settings.num_samples > 1:
         layout.check_parallel_layout(
-            model.mask_plan,
+            model,
             lambda inputs: model(inputs, training=True),
             x,
             settings.num_samples,

@@ -40,7 +40,10 @@ class NSampleTrainStep:
             loss, outputs, non_trainable, metrics = aux
             return (non_trainable, metrics), (gradients, loss, outputs)
 
-        with _state((self.non_trainable_variables, non_trainable)) as scope:
+        with _state(
+            (self.trainable_variables, trainable),
+            (self.non_trainable_variables, non_trainable),
+        ) as scope:
             passes = objective.draw_passes(self, x)
         non_trainable = _values(scope, self.non_trainable_variables)
 
