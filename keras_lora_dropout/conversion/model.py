@@ -17,6 +17,7 @@ from keras_lora_dropout.inference.ensemble import ensemble_outputs
 from keras_lora_dropout.inference.probabilities import output_links
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.training.backend import NSampleTrainStep
+from keras_lora_dropout.training.backend import state_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,18 @@ class AdaptedModel(NSampleTrainStep):
     def fit(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.fit`, minimising the N-sample objective."""
         validation.not_empty("x", x)
-        return super().fit(x, y, *args, **kwargs)
+        with state_kept(self):
+            return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """As `keras.Model.evaluate`, on the mean network."""
+        with state_kept(self):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As `keras.Model.predict`, with the mean network."""
+        with state_kept(self):
+            return super().predict(*args, **kwargs)
 
     def ensemble_predict(
         self,
@@ -244,6 +256,8 @@ class AdaptedModel(NSampleTrainStep):
             request, self._compilation()
         )
         self._request = request
+        # JAX keeps one trace for all bound methods that are equal.
+        self.test_step = functools.partial(type(self).test_step, self)
         try:
             yield
         finally:
@@ -253,6 +267,7 @@ class AdaptedModel(NSampleTrainStep):
                 (self.predict_function, self.test_function),
             )
             self._request = None
+            del self.test_step
             self.predict_function, self.test_function = plain
 
     def _compilation(self):
@@ -276,7 +291,8 @@ def refuse_copy(model, *args, **kwargs):
         "configuration (`clone_model`, `copy.deepcopy`, pickle, `save`) would "
         "lose. To copy the model, build it again, call `enable_lora_dropout` "
         "with the same arguments, then "
-        "`copy.set_weights(model.get_weights())`. To store it, use `save_weights` and `load_weights`."
+        "`copy.set_weights(model.get_weights())`. To store it, use "
+        "`save_weights` and `load_weights`."
     )
 
 

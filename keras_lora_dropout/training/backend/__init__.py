@@ -1,13 +1,16 @@
-"""One gradient step, for the backend that Keras runs on."""
+"""One gradient step and safe state, for the backend that Keras runs on."""
 
 import keras
 
 if keras.config.backend() == "jax":
     from keras_lora_dropout.training.backend.jax import NSampleTrainStep
+    from keras_lora_dropout.training.backend.jax import state_kept
 elif keras.config.backend() == "torch":
     from keras_lora_dropout.training.backend.torch import NSampleTrainStep
+    from keras_lora_dropout.training.backend.torch import state_kept
 elif keras.config.backend() == "tensorflow":
     from keras_lora_dropout.training.backend.tensorflow import NSampleTrainStep
+    from keras_lora_dropout.training.backend.tensorflow import state_kept
 else:
     raise ImportError(
         "keras_lora_dropout trains on the Keras backends jax, torch and "
@@ -15,4 +18,4 @@ else:
         "KERAS_BACKEND to one of these before importing Keras."
     )
 
-__all__ = ["NSampleTrainStep"]
+__all__ = ["NSampleTrainStep", "state_kept"]

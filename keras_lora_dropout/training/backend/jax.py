@@ -1,5 +1,7 @@
 """The training step on JAX: pure functions of the model's state."""
 
+import contextlib
+
 import jax
 import keras
 
@@ -59,6 +61,31 @@ class NSampleTrainStep:
             )
         metrics = _values(scope, self.metrics_variables)
         return logs, (trainable, non_trainable, optimizer_variables, metrics)
+
+
+@contextlib.contextmanager
+def state_kept(model):
+    """Give the model its variables back when an error ends a loop.
+
+    Keras takes the values out of the variables while it loops over batches,
+    and an error, such as an input of a wrong shape, leaves them empty.
+    """
+    values = [(variable, variable.value) for variable in model.variables]
+    try:
+        yield
+    except BaseException:
+        model.jax_state_sync()
+        for variable, value in values:
+            if _is_empty(variable):
+                variable.assign(value)
+        raise
+
+
+def _is_empty(variable):
+    try:
+        return variable.value is None
+    except TypeError:  # Keras calls the initializer, which is gone too.
+        return True
 
 
 def _mean_over(run_pass, state, passes):
