@@ -1,0 +1,275 @@
+"""Figures: reliability diagrams and training curves, with matplotlib."""
+
+import collections.abc
+
+import keras
+import numpy as np
+
+from keras_lora_dropout.core import validation
+from keras_lora_dropout.metrics import ExpectedCalibrationError
+
+_MODES = ("auto", "min", "max")
+_LESS_IS_BETTER = ("loss", "error", "entropy", "perplexity", "mse", "mae")
+_MORE_IS_BETTER = ("acc", "auc", "precision", "recall", "f1", "iou")
+
+
+def plot_reliability(
+    y_true, y_pred, *, num_bins=15, from_logits=False, label=None, ax=None
+):
+    """Draw a reliability diagram: how often confident predictions are right.
+
+    Each point is one bin of `ExpectedCalibrationError`: its mean confidence
+    to the right, its accuracy upwards, and around it a disk whose area is the
+    bin's share of the examples. The vertical line to the diagonal is the gap
+    that the error averages: a point below the diagonal is overconfident. Draw
+    several models into the same `ax` to compare them.
+
+    Reference: [Guo et al., 2017](https://arxiv.org/abs/1706.04599), Figure 1.
+
+    Args:
+        y_true: Class indices of shape `(examples,)` or `(examples, 1)`, or
+            one-hot rows of shape `(examples, classes)`.
+        y_pred: Probabilities, or logits, of shape `(examples, classes)`; or of
+            shape `(examples,)` or `(examples, 1)` for class 1 of two classes.
+        num_bins: Positive integer. Defaults to 15.
+        from_logits: Boolean. Whether `y_pred` are logits. Defaults to `False`.
+        label: String or `None`. Name of the model in the legend.
+        ax: Matplotlib `Axes`, or `None` for a new figure.
+
+    Returns:
+        The matplotlib `Axes`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If `ax` is no matplotlib `Axes`.
+        ValueError: If there are no examples, labels and predictions differ in
+            number, or predictions are neither probabilities nor, with
+            `from_logits`, finite numbers.
+
+    Example:
+
+    >>> ax = plot_reliability([0, 1], [[0.75, 0.25], [0.25, 0.75]], label="A")
+    >>> ax.get_legend().get_texts()[-1].get_text()
+    'A (ECE 0.250)'
+    """
+    metric = ExpectedCalibrationError(num_bins, from_logits)
+    y_true = np.asarray(keras.ops.convert_to_numpy(y_true))
+    y_pred = np.asarray(keras.ops.convert_to_numpy(y_pred), dtype="float32")
+    _check_predictions(y_true, y_pred, from_logits)
+    metric.update_state(y_true, y_pred)
+    weight, confidence, correct = (
+        keras.ops.convert_to_numpy(total)
+        for total in (metric.weight, metric.confidence, metric.correct)
+    )
+    used = weight > 0
+    confidence, accuracy = (
+        total[used] / weight[used] for total in (confidence, correct)
+    )
+    share = weight[used] / weight.sum()
+
+    ax = _axes(ax, figsize=(5, 5))
+    _draw_diagonal(ax)
+    error = f"ECE {float(metric.result()):.3f}"
+    (line,) = ax.plot(
+        confidence,
+        accuracy,
+        marker="o",
+        markersize=3.5,
+        linewidth=1,
+        label=f"{label} ({error})" if label else error,
+        zorder=3,
+    )
+    color = line.get_color()
+    ax.scatter(
+        confidence, accuracy, s=1500 * share, color=color, alpha=0.25, lw=0
+    )
+    ax.vlines(
+        confidence, confidence, accuracy, color=color, alpha=0.5, lw=1, ls=":"
+    )
+    ax.set(
+        xlabel="confidence",
+        ylabel="accuracy",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
+        aspect="equal",
+    )
+    return _with_legend(ax)
+
+
+def plot_history(histories, *, metric="val_loss", mode="auto", ax=None):
+    """Draw a training curve per run, with a star at its best epoch.
+
+    Epochs count from 1, as in the progress bar. Values that were not recorded
+    in every epoch (`validation_freq`) are counted, not dated.
+
+    Args:
+        histories: What `fit` returned, or its `history`: a dict of metric
+            name -> list of values. To compare runs, a dict of run name ->
+            either of these.
+        metric: String. Which metric to draw. Defaults to `"val_loss"`.
+        mode: `"min"` if less is better, `"max"` if more is, `"auto"` to tell
+            from the name of the metric.
+        ax: Matplotlib `Axes`, or `None` for a new figure.
+
+    Returns:
+        The matplotlib `Axes`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If `histories` or `ax` is none of these.
+        ValueError: If a run has no value of `metric`, or `mode` is unknown.
+
+    Example:
+
+    >>> ax = plot_history({"A": {"val_loss": [3.0, 1.0, 2.0]}})
+    >>> ax.get_legend().get_texts()[0].get_text()
+    'A (best 1 in epoch 2)'
+    """
+    best_of = _best_of(metric, mode)
+    runs = _runs(histories)
+    curves = {name: _curve(name, run, metric) for name, run in runs.items()}
+    ax = _axes(ax, figsize=(6, 4.5))
+    for name, (epochs, values) in curves.items():
+        (line,) = ax.plot(epochs, values, linewidth=1.8)
+        label = name
+        finite = np.where(np.isfinite(values), values, np.nan)
+        if np.isfinite(values).any():
+            best = best_of(finite)
+            note = f"best {values[best]:.3g} in epoch {epochs[best]}"
+            label = f"{name} ({note})" if name else note
+            ax.plot(
+                epochs[best],
+                values[best],
+                marker="*",
+                markersize=13,
+                color=line.get_color(),
+                markeredgecolor="white",
+                linestyle="none",
+                zorder=3,
+            )
+        line.set_label(label or metric)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    title = metric.replace("val_", "validation ").replace("_", " ")
+    ax.set(xlabel="epoch", ylabel=title)
+    return _with_legend(ax)
+
+
+def _axes(ax, figsize):
+    """Return `ax`, or that of a new figure, with a quiet grid and frame."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "Plots are drawn with matplotlib, which is not installed. Run "
+            "`pip install keras_lora_dropout[plots]`, or `pip install "
+            "matplotlib`."
+        ) from error
+    if ax is None:
+        _, ax = plt.subplots(figsize=figsize, layout="constrained")
+    if not isinstance(ax, plt.Axes):
+        raise TypeError(
+            "`ax` must be one matplotlib `Axes`, or None for a new figure; of "
+            "an array from `plt.subplots(1, 2)`, pass one entry, `ax=axes[0]`. "
+            f"Received: ax of type {type(ax).__name__}."
+        )
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.9")
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _with_legend(ax):
+    ax.legend(fontsize="small", framealpha=0.8, edgecolor="none")
+    return ax
+
+
+def _draw_diagonal(ax, name="perfect calibration"):
+    if all(line.get_label() != name for line in ax.lines):
+        ax.plot([0, 1], [0, 1], color="0.5", lw=1, ls="--", label=name)
+
+
+def _check_predictions(y_true, y_pred, from_logits):
+    shapes = f"y_true of shape {y_true.shape}, y_pred of shape {y_pred.shape}"
+    if y_true.ndim == 0 or y_pred.ndim == 0 or len(y_true) != len(y_pred):
+        raise ValueError(
+            "`plot_reliability` needs one label and one prediction per "
+            f"example. Received: {shapes}."
+        )
+    if y_true.size == 0 or y_pred.size == 0:
+        raise ValueError(
+            "`plot_reliability` needs at least one example. Received: "
+            f"{shapes}."
+        )
+    if not np.isfinite(y_pred).all():
+        raise ValueError(
+            "`y_pred` must be finite. Received: y_pred with "
+            f"{np.count_nonzero(~np.isfinite(y_pred))} infinite or NaN values "
+            f"of {y_pred.size}. Leave those examples out, or look for what "
+            "made the model diverge."
+        )
+    low, high = y_pred.min(), y_pred.max()
+    if not from_logits and not -1e-3 <= low <= high <= 1 + 1e-3:
+        raise ValueError(
+            "`y_pred` must be probabilities, in [0, 1]. Received: y_pred "
+            f"between {low:.3g} and {high:.3g}. If they are logits, pass "
+            "`from_logits=True`."
+        )
+
+
+def _best_of(metric, mode):
+    """Return the function that finds the best entry of an array."""
+    validation.word("mode", mode, _MODES)
+    if mode == "auto":
+        if any(word in metric for word in _LESS_IS_BETTER):
+            mode = "min"
+        elif any(word in metric for word in _MORE_IS_BETTER):
+            mode = "max"
+        else:
+            raise ValueError(
+                f'The name "{metric}" does not tell whether less or more is '
+                f'better. Received: metric="{metric}", mode="auto". Pass '
+                '`mode="min"` or `mode="max"`.'
+            )
+    return np.nanargmin if mode == "min" else np.nanargmax
+
+
+def _runs(histories):
+    """Return a dict of run name -> run; a single run has the name ''."""
+    if _is_run(histories):
+        histories = {"": histories}
+    is_dict = isinstance(histories, collections.abc.Mapping) and histories
+    if not is_dict or not all(map(_is_run, histories.values())):
+        raise TypeError(
+            "`histories` must be what `fit` returned, a dict of metric name "
+            "-> list of values, or a dict of run name -> either of these. "
+            f"Received: histories={histories!r} (of type "
+            f"{type(histories).__name__})."
+        )
+    return histories
+
+
+def _is_run(value):
+    if isinstance(value, keras.callbacks.History):
+        return True
+    return isinstance(value, collections.abc.Mapping) and all(
+        isinstance(values, (list, tuple, np.ndarray))
+        for values in value.values()
+    )
+
+
+def _curve(name, run, metric):
+    """Return the epochs and the values of a metric in one run."""
+    dates = None
+    if isinstance(run, keras.callbacks.History):
+        dates, run = run.epoch, run.history
+    values = np.asarray(run.get(metric, ()), dtype="float64")
+    if not len(values):
+        raise ValueError(
+            f'The history{f" of {name!r}" if name else ""} has no "{metric}". '
+            f'Received: metric="{metric}"; recorded are {sorted(run)}. Pass '
+            "one of these, or give `fit` what records it (validation_data for "
+            '"val_...", metrics in `compile`).'
+        )
+    if dates is None or len(dates) != len(values):
+        dates = range(len(values))
+    return [epoch + 1 for epoch in dates], values
