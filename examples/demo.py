@@ -215,7 +215,7 @@ def minilm_folder():
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="demo-output")
     parser.add_argument("--smoke", action="store_true", help="for CI: tiny")

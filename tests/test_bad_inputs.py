@@ -104,6 +104,16 @@ def test_a_model_adapted_before():
         kld.enable_lora_dropout(outer, rank=1)
 
 
+def test_a_train_step_of_ones_own():
+    class Own(keras.Sequential):
+        def train_step(self, *args):
+            return super().train_step(*args)
+
+    model = Own([keras.Input((6,)), keras.layers.Dense(4)])
+    with pytest.raises(ValueError, match=r"`train_step` of its own.*Own"):
+        kld.enable_lora_dropout(model, rank=2)
+
+
 def test_keras_lora_enabled_before():
     model = tiny_mlp()
     model.get_layer("second").enable_lora(2)
@@ -118,7 +128,9 @@ def test_quantized_kernels():
     model = tiny_mlp()
     with pytest.warns(UserWarning, match="InputLayer"):
         model.quantize("int8")
-    with pytest.raises(ValueError, match=r'"first".*quantized.*int8.*before'):
+    with pytest.raises(
+        ValueError, match=r'"first".*quantized.*int8.*float dtype'
+    ):
         kld.enable_lora_dropout(model, rank=2)
 
 

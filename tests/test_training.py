@@ -397,6 +397,30 @@ def test_own_training_loop_shares_masks_in_one_pass():
     assert np.abs(first - second).max() > 1e-3
 
 
+def test_own_training_loop_without_a_training_argument():
+    """Masks are drawn, and shared, though `call` knows nothing of training."""
+
+    class Twice(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.shared = keras.layers.Dense(6, name="shared")
+            self.head = keras.layers.Dense(2, name="head")
+
+        def call(self, x):
+            return self.shared(x), self.shared(x), self.head(x)
+
+    x, _ = classification_data()
+    model = Twice()
+    model(x)
+    kld.enable_lora_dropout(model, rank=2, target_layers=["shared"])
+    randomize(model)
+    first, again, _ = model(x, training=True)
+    assert_close(first, again, 0)
+    other, _, _ = model(x, training=True)
+    difference = ops.convert_to_numpy(ops.max(ops.abs(first - other)))
+    assert difference > 1e-3
+
+
 def test_metrics_see_the_mean_output():
     """A metric of one step equals that of the averaged member outputs."""
     x = np.ones((2, 6), "float32")

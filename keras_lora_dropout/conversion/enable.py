@@ -145,6 +145,15 @@ def _check_model(model):
             "to adapt. Give it an `Input`, or call it on a batch of data, "
             "before `enable_lora_dropout`."
         )
+    if not isinstance(model, AdaptedModel):
+        owner = next(c for c in type(model).__mro__ if "train_step" in vars(c))
+        if owner.__module__.partition(".")[0] != "keras":
+            raise ValueError(
+                f'Model "{model.name}" has a `train_step` of its own (in '
+                f"{owner.__name__}), which the training on several mask "
+                "instances would replace. Override `compute_loss` instead, or "
+                "subclass `LoRADropoutModel` and call `super().train_step`."
+            )
     for path, layer in layer_paths(model).items():
         if isinstance(layer, adapter.LoRADropoutAdapter):
             raise ValueError(

@@ -67,6 +67,14 @@ class AdaptedModel(NSampleTrainStep):
                 streams.randrange(validation.MAX_SEED)
             )
 
+    def __call__(self, *args, **kwargs):
+        # A `call` without `training` does not learn of it; its layers do.
+        plan = self._find_mask_plan() if kwargs.get("training") else None
+        if plan is None or masks.current_draws() is not None:
+            return super().__call__(*args, **kwargs)
+        with masks.use_draws(_draw_one(self, plan, training=True)):
+            return super().__call__(*args, **kwargs)
+
     @property
     def adapted_layers(self):
         """List of `(path, layer)` of the adapted layers, in forward order."""
@@ -90,6 +98,9 @@ class AdaptedModel(NSampleTrainStep):
         return plan
 
     def _find_mask_plan(self):
+        """The `MaskPlan`, or `None` while the model is not ready for one."""
+        if self.lora_dropout is None:
+            return None
         if self._mask_plan is None:
             layers = [layer for _, layer in self.adapted_layers]
             if layers and all(layer.built for layer in layers):
@@ -328,19 +339,21 @@ def with_instances(call):
 
     @functools.wraps(call)
     def wrapped(self, *args, **kwargs):
-        if not isinstance(self, AdaptedModel) or self.lora_dropout is None:
-            return call(self, *args, **kwargs)
         plan = self._find_mask_plan()
         if plan is None or masks.current_draws() is not None:
             return call(self, *args, **kwargs)
         if self._request is not None:
             return ensemble_outputs(self, call, self._request, args, kwargs)
-        values = None
-        if kwargs.get("training"):
-            values = masks.draw_uniform(
-                (1, plan.width), self.mask_seed_generator
-            )
-        with masks.use_draws(masks.Draws(plan, values)):
+        with masks.use_draws(_draw_one(self, plan, kwargs.get("training"))):
             return call(self, *args, **kwargs)
 
     return wrapped
+
+
+def _draw_one(model, plan, training):
+    """Draws of a single instance in training, of the mean network otherwise."""
+    if not training:
+        return masks.Draws(plan)
+    return masks.Draws(
+        plan, masks.draw_uniform((1, plan.width), model.mask_seed_generator)
+    )

@@ -17,12 +17,13 @@ def layer_paths(model):
     """Return `{path: layer}` of all layers below a model, in forward order.
 
     A path is Keras's `layer.path`, e.g. `transformer_layer_0/
-    self_attention_layer/query`; a layer that has none yet goes by its name,
-    and paths that occur twice are numbered.
+    self_attention_layer/query`, without the name of the model itself, which
+    Keras numbers; a layer that has none yet goes by its name, and paths that
+    occur twice are numbered.
     """
     paths = {}
     for layer in descendants(model):
-        path = layer.path or layer.name
+        path = (layer.path or layer.name).removeprefix(f"{model.name}/")
         unique, count = path, 1
         while unique in paths:
             count += 1

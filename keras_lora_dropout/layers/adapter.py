@@ -199,8 +199,9 @@ def check_adaptable(layer, rank, where):
     if layer.quantization_mode is not None:
         raise ValueError(
             f"Cannot adapt {where}: its kernel is quantized "
-            f"({layer.quantization_mode}). Adapt the model before quantizing, "
-            "or load it in a float dtype."
+            f"({layer.quantization_mode}), which is not supported. Load the "
+            "model in a float dtype, such as bfloat16, or leave the layer out "
+            "with `target_layers`."
         )
     if layer.kernel_constraint is not None:
         raise ValueError(
@@ -231,7 +232,7 @@ def can_adapt(layer):
     return adapter_class(type(layer)) is not None
 
 
-_ADAPTER_CLASSES = {}
+_ADAPTER_CLASSES: dict[type, type] = {}
 
 
 def adapts(keras_class):

