@@ -1,6 +1,6 @@
 """Is one training step slower than under KerasHub's own LoRA?
 
-The same tiny-to-small model, target layers, rank, data and optimizer: KerasHub's
+The same small model, target layers, rank, data and optimizer: KerasHub's
 `Backbone.enable_lora` against `enable_lora_dropout` with one instance, and with
 four for comparison. Contenders take turns, step by step, in one process;
 compilation and warm-up come first. Prints medians, writes every sample.
