@@ -69,11 +69,37 @@ class AdaptedModel(NSampleTrainStep):
 
     def __call__(self, *args, **kwargs):
         # A `call` without `training` does not learn of it; its layers do.
-        plan = self._find_mask_plan() if kwargs.get("training") else None
-        if plan is None or masks.current_draws() is not None:
+        draws = None
+        if kwargs.get("training") is not None:
+            draws = self._draws_of_call(kwargs)
+        if draws is None:
             return super().__call__(*args, **kwargs)
-        with masks.use_draws(_draw_one(self, plan, training=True)):
+        with masks.use_draws(draws):
             return super().__call__(*args, **kwargs)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # Inside, JAX turns `training` into a traced value.
+        draws = self._draws_of_call(kwargs)
+        if draws is not None:
+            layer_call = masks.with_draws(draws, layer_call)
+        return super().rematerialized_call(layer_call, *args, **kwargs)
+
+    def _draws_of_call(self, kwargs):
+        """Draws for a call of the user's own: one instance, or none at all.
+
+        `None` where masks are given already, in a training step, or left to
+        the ensemble, or where the model is not built.
+        """
+        plan = self._find_mask_plan()
+        given = masks.current_draws() is not None or self._request is not None
+        if plan is None or given:
+            return None
+        values = None
+        if kwargs.get("training"):
+            values = masks.draw_uniform(
+                (1, plan.width), self.mask_seed_generator
+            )
+        return masks.Draws(plan, values)
 
     @property
     def adapted_layers(self):
@@ -339,21 +365,12 @@ def with_instances(call):
 
     @functools.wraps(call)
     def wrapped(self, *args, **kwargs):
-        plan = self._find_mask_plan()
-        if plan is None or masks.current_draws() is not None:
-            return call(self, *args, **kwargs)
-        if self._request is not None:
+        if self._request is not None and masks.current_draws() is None:
             return ensemble_outputs(self, call, self._request, args, kwargs)
-        with masks.use_draws(_draw_one(self, plan, kwargs.get("training"))):
+        draws = self._draws_of_call(kwargs)
+        if draws is None:
+            return call(self, *args, **kwargs)
+        with masks.use_draws(draws):
             return call(self, *args, **kwargs)
 
     return wrapped
-
-
-def _draw_one(model, plan, training):
-    """Draws of a single instance in training, of the mean network otherwise."""
-    if not training:
-        return masks.Draws(plan)
-    return masks.Draws(
-        plan, masks.draw_uniform((1, plan.width), model.mask_seed_generator)
-    )

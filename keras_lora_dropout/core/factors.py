@@ -1,7 +1,6 @@
 """The low-rank delta and the axes on which its two factors act."""
 
 import dataclasses
-import functools
 import math
 
 from keras import ops
@@ -51,7 +50,6 @@ def dense_axes(kernel_shape):
     return einsum_axes("ab,bc->ac", kernel_shape, input_ndim=2)
 
 
-@functools.lru_cache
 def einsum_axes(equation, kernel_shape, input_ndim):
     """Find the factor axes of an `EinsumDense` equation.
 

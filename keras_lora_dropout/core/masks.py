@@ -8,6 +8,7 @@ the same masks, and nothing is stored on a layer that a tracer could leak from.
 """
 
 import contextlib
+import functools
 import threading
 
 import keras
@@ -84,6 +85,17 @@ def use_draws(draws):
         yield
     finally:
         _state.draws = outer
+
+
+def with_draws(draws, function):
+    """Wrap a function so that it runs inside `use_draws(draws)`."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with use_draws(draws):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def current_draws():

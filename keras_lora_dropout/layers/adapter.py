@@ -12,6 +12,8 @@ from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.instances import check_rows
 from keras_lora_dropout.core.keras_internals import unlocked
 
+_RANDOM_STATE = "seed_generator_state"
+
 
 class LoRADropoutAdapter:
     """Mixin that gives a linear Keras layer a LoRA Dropout adapter.
@@ -49,7 +51,7 @@ class LoRADropoutAdapter:
 
     def _add_factors(self):
         """Freeze the kernel and create both factors next to it."""
-        axes = self._axes()
+        axes = self._factor_axes(tuple(self._kernel.shape))
         streams = random.Random(self.seed)  # one seed, independent streams
         with unlocked(self):
             self.lora_kernel_a = self.add_weight(
@@ -67,11 +69,19 @@ class LoRADropoutAdapter:
             self.seed_generator = keras.random.SeedGenerator(
                 _next_seed(streams)
             )
+        self._axes = axes
         self._kernel.trainable = False
 
-    def _axes(self):
-        # Not kept on the layer: Keras would track the tuples inside.
-        return self._factor_axes(tuple(self._kernel.shape))
+    @property
+    def trainable(self):
+        """Whether the layer trains; its kernel never does."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        keras.layers.Layer.trainable.fset(self, value)
+        if self.built:
+            self._kernel.trainable = False
 
     @property
     def factors(self):
@@ -115,9 +125,12 @@ class LoRADropoutAdapter:
         `diag(mask_a) A` and `B diag(mask_b)` are formed once per mask, in the
         size of the factors; activations are never multiplied by a mask.
         """
-        axes = self._axes()
-        factor_a = ops.expand_dims(self.lora_kernel_a, 0)
-        factor_b = ops.expand_dims(self.lora_kernel_b, 0)
+        axes = self._axes
+        # Factors are float32 under any policy, arithmetic is not.
+        factor_a, factor_b = (
+            ops.expand_dims(ops.cast(factor, self.compute_dtype), 0)
+            for factor in self.factors
+        )
         keep = self._masks(training)
         if keep is not None:
             self._check_groups(inputs, keep[0].shape[0], axes)
@@ -143,6 +156,23 @@ class LoRADropoutAdapter:
             x = self.activation(x)
         return x
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """Let gradient checkpointing see the masks of the first forward pass.
+
+        The layer is computed again during the backward pass, when the masks
+        that it read are no longer in force.
+        """
+        draws = masks.current_draws()
+        if draws is None or not draws.covers(self):
+            values = None
+            if kwargs.get("training"):
+                shape = (1, self.mask_width)
+                values = masks.draw_uniform(shape, self.seed_generator)
+            draws = masks.Draws(masks.MaskPlan([self]), values)
+        return super().rematerialized_call(
+            masks.with_draws(draws, layer_call), *args, **kwargs
+        )
+
     def get_config(self):
         config = super().get_config()
         config.pop("lora_rank", None)
@@ -161,11 +191,16 @@ class LoRADropoutAdapter:
         if self.built:
             store["lora_kernel_a"] = self.lora_kernel_a
             store["lora_kernel_b"] = self.lora_kernel_b
+            store[_RANDOM_STATE] = self.seed_generator.state
 
     def load_own_variables(self, store):
-        super().load_own_variables(store)
+        # Keras counts the entries of weights alone.
+        keys = set(store.keys()) - {_RANDOM_STATE}
+        weights = {key: store[key] for key in keys}
+        super().load_own_variables(weights)
         self.lora_kernel_a.assign(store["lora_kernel_a"])
         self.lora_kernel_b.assign(store["lora_kernel_b"])
+        self.seed_generator.state.assign(store[_RANDOM_STATE])
 
 
 def reject_keras_lora(kwargs):
