@@ -170,8 +170,10 @@ def save(options, labels, rows, histories, predictions):
     }
     for ax, (network, title) in zip(axes[1:], titles.items(), strict=True):
         for name, networks in predictions.items():
+            # LoRA has no ensemble; its mean network is drawn in both.
             probabilities = networks.get(network, networks["mean"])
-            plot_reliability(labels, probabilities, label=name, ax=ax)
+            label = name if network in networks else f"{name}, mean network"
+            plot_reliability(labels, probabilities, label=label, ax=ax)
         ax.set_title(f"Held-out text, {title}")
     folder = pathlib.Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
