@@ -55,7 +55,7 @@ def test_step_time(tmp_path, model):
         *("--smoke", "--model", model, "--output", str(path)),
     )
     results = json.loads(path.read_text())["results"]
-    assert len(results) == 4
+    assert len(results) == 3
     for row in results:
         assert len(row["ms"]) == 3
         assert row["name"] in printed

@@ -1,9 +1,9 @@
 """Is one training step slower than under KerasHub's own LoRA?
 
 The same small model, target layers, rank, data and optimizer: KerasHub's
-`Backbone.enable_lora` against `enable_lora_dropout` with one instance, and with
-four for comparison. Contenders take turns, step by step, in one process;
-compilation and warm-up come first. Prints medians, writes every sample.
+`Backbone.enable_lora` against `enable_lora_dropout` with one instance.
+Contenders take turns, step by step, in one process; compilation and warm-up
+come first. Prints medians, writes every sample.
 
     KERAS_BACKEND=torch python examples/benchmarks/step_time.py --model deberta
 """
@@ -69,7 +69,6 @@ CONTENDERS = {
     "LoRA Dropout, N = 1, per example": lambda m: lora_dropout(
         m, num_samples=1, mask_sharing="example"
     ),
-    "LoRA Dropout, N = 4, parallel": lambda m: lora_dropout(m, num_samples=4),
 }
 
 
