@@ -3,6 +3,9 @@
 from keras_lora_dropout.callbacks import EnsembleEvaluation
 from keras_lora_dropout.conversion.enable import enable_lora_dropout
 from keras_lora_dropout.conversion.lora_dropout_model import LoRADropoutModel
+from keras_lora_dropout.core.rank_budget import RankBudget
+from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutDense
+from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutEinsumDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout.metrics import ExpectedCalibrationError
@@ -10,10 +13,13 @@ from keras_lora_dropout.metrics import ExpectedCalibrationError
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaLoRADropoutDense",
+    "AdaLoRADropoutEinsumDense",
     "EnsembleEvaluation",
     "ExpectedCalibrationError",
     "LoRADropoutDense",
     "LoRADropoutEinsumDense",
     "LoRADropoutModel",
+    "RankBudget",
     "enable_lora_dropout",
 ]

@@ -18,7 +18,10 @@ from keras_lora_dropout.conversion.targets import select_trainable
 from keras_lora_dropout.conversion.trainable import freeze
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import descendants
-from keras_lora_dropout.layers import adapter
+from keras_lora_dropout.core.rank_budget import check_rank_budget
+from keras_lora_dropout.core.rank_budget import check_target
+from keras_lora_dropout.layers import adapt
+from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 
 logger = logging.getLogger("keras_lora_dropout")
 
@@ -30,6 +33,7 @@ def enable_lora_dropout(
     alpha=None,
     dropout_rate=0.5,
     num_samples=4,
+    rank_budget=None,
     target_layers="all-linear",
     trainable_layers="head",
     mask_sharing="batch",
@@ -64,6 +68,10 @@ def enable_lora_dropout(
             is plain LoRA. Defaults to 0.5.
         num_samples: Positive integer. Mask instances N, in training and in
             ensembles. Defaults to 4.
+        rank_budget: `RankBudget` or `None`. A budget selects AdaLoRA: adapters
+            `P Lambda Q` that start with `initial_rank` (or `rank`) triplets
+            each and are pruned to `target_rank` on average while `fit` runs.
+            `None`: LoRA adapters of a fixed rank.
         target_layers: Which `Dense` and `EinsumDense` layers are adapted.
             `"all-linear"`: all in the backbone's blocks, never the output
             head. Or a list of layer names (or path endings), a regular
@@ -112,8 +120,10 @@ def enable_lora_dropout(
             f"task. Received: model={model!r} (of type {type(model).__name__})."
         )
     settings = SamplingSettings(num_samples, mask_sharing, sampling)
+    rank = _initial_rank(rank, rank_budget)
     adapter_settings = {
-        "rank": validation.positive_integer("rank", rank),
+        "adaptive": rank_budget is not None,
+        "rank": rank,
         "dropout_rate": validation.dropout_rate(dropout_rate),
         "rescale": validation.boolean("rescale", rescale),
     }
@@ -122,20 +132,31 @@ def enable_lora_dropout(
     _check_model(model)
     targets = select_targets(model, target_layers)
     for path, layer in targets:
-        adapter.check_adaptable(layer, rank, f'layer "{path}"')
+        adapt.check_adaptable(layer, rank, f'layer "{path}"')
     trainable = select_trainable(model, trainable_layers)
 
     for _, layer in targets:
         layer_seed = streams.randrange(validation.MAX_SEED)
-        adapter.adapt(layer, seed=layer_seed, **adapter_settings)
+        adapt.adapt(layer, seed=layer_seed, **adapter_settings)
     freeze(model, trainable)
     if not isinstance(model, AdaptedModel):
         model.__class__ = _adapted_class(type(model))
     model._start_sampling(settings, streams.randrange(validation.MAX_SEED))
+    model._start_allocation(rank_budget)
     _guard_containers(model)
-    _forget_compiled_state(model)
+    model._forget_compiled_state()
     _report(model)
     return model
+
+
+def _initial_rank(rank, rank_budget):
+    """The rank that every adapter starts with."""
+    rank = validation.positive_integer("rank", rank)
+    if check_rank_budget(rank_budget) is None:
+        return rank
+    rank = rank_budget.initial_rank or rank
+    check_target(rank_budget.target_rank, rank)
+    return rank
 
 
 def _check_model(model):
@@ -155,7 +176,7 @@ def _check_model(model):
                 "subclass `LoRADropoutModel` and call `super().train_step`."
             )
     for path, layer in layer_paths(model).items():
-        if isinstance(layer, adapter.LoRADropoutAdapter):
+        if isinstance(layer, LoRADropoutAdapter):
             raise ValueError(
                 f'LoRA Dropout is already enabled on model "{model.name}": '
                 f'layer "{path}" has an adapter. It can be enabled once; start '
@@ -188,22 +209,11 @@ def _guard_containers(model):
     preset of it would lose the adapters without a word.
     """
     for layer in descendants(model):
-        is_adapter = isinstance(layer, adapter.LoRADropoutAdapter)
+        is_adapter = isinstance(layer, LoRADropoutAdapter)
         if not is_adapter and any(
-            isinstance(part, adapter.LoRADropoutAdapter)
-            for part in descendants(layer)
+            isinstance(part, LoRADropoutAdapter) for part in descendants(layer)
         ):
             layer.get_config = functools.partial(refuse_copy, layer)
-
-
-def _forget_compiled_state(model):
-    """Drop what was compiled for the model as it was before."""
-    model.train_function = None
-    model.test_function = None
-    model.predict_function = None
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        model.optimizer = type(optimizer).from_config(optimizer.get_config())
 
 
 def _report(model):

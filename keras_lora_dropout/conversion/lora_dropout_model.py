@@ -13,10 +13,10 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
     """A `keras.Model` that trains and predicts with LoRA Dropout.
 
     Use it in place of `keras.Model` where you build a model yourself from
-    `LoRADropoutDense` and `LoRADropoutEinsumDense`: of inputs and outputs, or
-    by subclassing with a `call` of your own. `fit` minimises the N-sample
-    objective, `ensemble_predict` and `ensemble_evaluate` average N instances.
-    To adapt an existing model, use `enable_lora_dropout`.
+    `LoRADropoutDense`, `AdaLoRADropoutDense` and their einsum kin: of inputs
+    and outputs, or by subclassing with a `call` of your own. `fit` minimises
+    the N-sample objective, `ensemble_predict` and `ensemble_evaluate` average N
+    instances. To adapt an existing model, use `enable_lora_dropout`.
 
     Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 7-8.
 
@@ -24,6 +24,9 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
         *args: Positional arguments of `keras.Model`.
         num_samples: Positive integer. Mask instances N, in training and in
             ensembles. Defaults to 4.
+        rank_budget: `RankBudget` or `None`. Needed by AdaLoRA layers: how many
+            of their ranks are kept, and when. Their own ranks are the initial
+            ones.
         mask_sharing: `"batch"`: one mask per instance for the whole batch.
             `"example"`: each example draws its own masks, in each instance.
         sampling: `"parallel"`: the N instances are one batch of `N * B`.
@@ -32,7 +35,9 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
         **kwargs: Keyword arguments of `keras.Model`.
 
     Raises:
-        ValueError: If an argument is out of range.
+        TypeError: If `rank_budget` is no `RankBudget`.
+        ValueError: If an argument is out of range, or if the budget does not
+            fit the layers.
 
     Example:
 
@@ -49,6 +54,7 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
         self,
         *args,
         num_samples=4,
+        rank_budget=None,
         mask_sharing="batch",
         sampling="parallel",
         seed=None,
@@ -61,6 +67,7 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
             self.__class__ = _functional_class(type(self))
         super().__init__(*args, **kwargs)
         self._start_sampling(settings, seed)
+        self._start_allocation(rank_budget)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

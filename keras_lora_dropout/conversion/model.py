@@ -8,6 +8,7 @@ import random
 import keras
 import numpy as np
 
+from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
@@ -18,6 +19,8 @@ from keras_lora_dropout.inference.probabilities import output_links
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.training.backend import NSampleTrainStep
 from keras_lora_dropout.training.backend import state_kept
+
+_RANDOM_STATE = "mask_seed_generator_state"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SamplingSettings:
         validation.word("sampling", self.sampling, validation.SAMPLINGS)
 
 
-class AdaptedModel(NSampleTrainStep):
+class AdaptedModel(AdaptiveRank, NSampleTrainStep):
     """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
 
     It is mixed in front of a Keras model class. `fit` minimises the N-sample
@@ -142,11 +145,36 @@ class AdaptedModel(NSampleTrainStep):
     def __reduce__(self):
         refuse_copy(self)
 
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store[_RANDOM_STATE] = self.mask_seed_generator.state
+
+    def load_own_variables(self, store):
+        # Keras counts the entries of weights alone.
+        super().load_own_variables(
+            {key: store[key] for key in store.keys() if key != _RANDOM_STATE}
+        )
+        if _RANDOM_STATE in store.keys():
+            self.mask_seed_generator.state.assign(store[_RANDOM_STATE])
+
+    def _forget_compiled_state(self):
+        """Drop what was compiled for the model as it was before."""
+        self.train_function = None
+        self.test_function = None
+        self.predict_function = None
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None and optimizer.built:
+            self.optimizer = type(optimizer).from_config(optimizer.get_config())
+
     def fit(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.fit`, minimising the N-sample objective."""
         validation.not_empty("x", x)
-        with state_kept(self):
-            return super().fit(x, y, *args, **kwargs)
+        try:
+            with state_kept(self):
+                return super().fit(x, y, *args, **kwargs)
+        finally:
+            # At its end, Keras puts the optimizer's averaged weights in place.
+            self._prune()
 
     def evaluate(self, *args, **kwargs):
         """As `keras.Model.evaluate`, on the mean network."""

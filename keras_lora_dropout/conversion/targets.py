@@ -8,7 +8,7 @@ from keras_lora_dropout.architectures.blocks import backbone_of
 from keras_lora_dropout.architectures.blocks import block_layers
 from keras_lora_dropout.architectures.blocks import head_layers
 from keras_lora_dropout.core.keras_internals import descendants
-from keras_lora_dropout.layers.adapter import can_adapt
+from keras_lora_dropout.layers.adapt import can_adapt
 
 LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
 

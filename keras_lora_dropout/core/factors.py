@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 
 from keras import ops
 
@@ -125,6 +126,36 @@ def low_rank_delta(inputs, factor_a, factor_b, axes):
     if axes.output_permutation != tuple(range(len(axes.output_permutation))):
         delta = ops.transpose(delta, axes.output_permutation)
     return delta
+
+
+def stacks(layers):
+    """Sort layers by the shapes of their factors.
+
+    Returns:
+        List of lists of positions in `layers`; the layers of one list have
+        factors of the same shapes, so that these can be stacked.
+    """
+    found = {}
+    for position, layer in enumerate(layers):
+        shapes = tuple(tuple(factor.shape) for factor in layer.factors)
+        found.setdefault(shapes, []).append(position)
+    return list(found.values())
+
+
+def stacked_factors(layers, value_of=operator.attrgetter("value")):
+    """Stack the factors of layers of equal shapes.
+
+    Args:
+        layers: Adapted layers whose factors have the same shapes.
+        value_of: Function of one factor that gives the tensor to stack.
+
+    Returns:
+        List of tensors with a leading axis of layers, one for each factor.
+    """
+    return [
+        ops.stack([value_of(factor) for factor in same_factor])
+        for same_factor in zip(*(lyr.factors for lyr in layers), strict=True)
+    ]
 
 
 def _letters(equation, input_ndim):

@@ -1,9 +1,11 @@
 """The few private names of Keras that have no public counterpart.
 
-- A built layer gains weights only through its own `enable_lora` or `quantize`.
+- A built layer gains weights only through its own `enable_lora` or `quantize`,
+  and loses none.
 - The sublayers of a layer, as opposed to those of a model, are listed nowhere.
 - The graph of a functional model is not readable from an output back.
 - The padding mask that losses read from a tensor has no accessor.
+- The gradients that an optimizer accumulates over batches have none either.
 
 Everything private is here, and a Keras that lacks it is refused by version.
 """
@@ -57,6 +59,13 @@ def unlocked(layer):
             tracker.lock()
 
 
+def forget_weights(layer, variables):
+    """Let a layer or model lose weights that it has gained."""
+    untrack = _private(layer, "_untrack_variable")
+    for variable in variables:
+        untrack(variable)
+
+
 def copy_mask(source, target, convert=lambda mask: mask):
     """Give `target` the padding mask of `source`, if it has one."""
     mask = get_keras_mask(source)
@@ -64,12 +73,26 @@ def copy_mask(source, target, convert=lambda mask: mask):
         set_keras_mask(target, convert(mask))
 
 
-def _private(layer, name):
+def accumulated_gradients(optimizer, variables):
+    """Return what an optimizer has accumulated since its last step.
+
+    Returns:
+        List of tensors, the sums of earlier gradients, one for each variable;
+        `None` entries where nothing is accumulated.
+    """
+    if not optimizer.gradient_accumulation_steps:
+        return [None] * len(variables)
+    sums = _private(optimizer, "_accumulated_gradients")
+    index = _private(optimizer, "_get_variable_index")
+    return [sums[index(variable)] for variable in variables]
+
+
+def _private(owner, name):
     try:
-        return getattr(layer, name)
+        return getattr(owner, name)
     except AttributeError:
         raise RuntimeError(
             f"keras_lora_dropout does not know Keras {keras.__version__}: a "
-            f"{type(layer).__name__} has no `{name}`. Install a Keras version "
+            f"{type(owner).__name__} has no `{name}`. Install a Keras version "
             "that this release supports (see `pip show keras_lora_dropout`)."
         ) from None

@@ -11,10 +11,16 @@ MAX_SEED = 2**31 - 1
 
 def positive_integer(name, value):
     """Return `value` as `int`; raise `ValueError` unless it is 1 or more."""
+    return integer(name, value, at_least=1)
+
+
+def integer(name, value, at_least):
+    """Return `value` as `int`; raise unless it is `at_least` or more."""
     is_integer = isinstance(value, numbers.Integral)
-    if isinstance(value, bool) or not is_integer or value < 1:
+    if isinstance(value, bool) or not is_integer or value < at_least:
+        kind = "a positive integer" if at_least else "an integer, 0 or more"
         raise ValueError(
-            f"`{name}` must be a positive integer, e.g. {name}=8. "
+            f"`{name}` must be {kind}, e.g. {name}=8. "
             f"Received: {name}={value!r} (of type {type(value).__name__})."
         )
     return int(value)
@@ -39,7 +45,7 @@ def dropout_rate(value):
 def alpha(value, rank):
     """Return the strength as `float`; `None` means `rank` (scaling 1)."""
     if value is None:
-        return float(rank)
+        return float(rank or 1)  # Rank 0 has no delta to scale.
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_real or not math.isfinite(value) or value <= 0:
         raise ValueError(

@@ -1,6 +1,5 @@
 """What all adapted layers share: settings, factors, masks and delta."""
 
-import functools
 import random
 
 import keras
@@ -18,28 +17,37 @@ _RANDOM_STATE = "seed_generator_state"
 class LoRADropoutAdapter:
     """Mixin that gives a linear Keras layer a LoRA Dropout adapter.
 
-    A concrete layer names the axes of its kernel (`_factor_axes`) and its own
-    product (`_frozen_product`); the rest is the same for all of them.
+    A concrete layer is put together from three parts. `layers/linear.py` says
+    what kernel it has: its axes (`_factor_axes`) and its own product
+    (`_frozen_product`). A factorization says how its delta is written: which
+    weights it has (`factor_names`, `_create_factors`) and which two factors
+    they make (`_factor_pair`). The rest, here, is the same for all.
     """
 
+    factor_names: tuple[str, ...] = ()
+
     def _set_adapter_settings(self, rank, alpha, dropout_rate, rescale, seed):
-        self.lora_rank = validation.positive_integer("rank", rank)
+        self.lora_rank = self._checked_rank(rank)
         self.lora_alpha = validation.alpha(alpha, self.lora_rank)
         self.dropout_rate = validation.dropout_rate(dropout_rate)
         self.rescale = validation.boolean("rescale", rescale)
         self.seed = validation.seed(seed)
 
+    def _checked_rank(self, rank):
+        return validation.positive_integer("rank", rank)
+
     @property
     def scaling(self):
         """Multiplier `alpha / rank` of the delta."""
-        return self.lora_alpha / self.lora_rank
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
     def build(self, input_shape):
         # Keras would add its own LoRA for a layer with a `lora_rank`.
         rank, self.lora_rank = self.lora_rank, None
         super().build(input_shape)
         self.lora_rank = rank
-        check_adaptable(self, rank, f'layer "{self.name}"')
+        axes = self._factor_axes(tuple(self._kernel.shape))
+        check_linear(self, rank, axes, f'layer "{self.name}"')
         self._add_factors()
 
     def enable_lora(self, *args, **kwargs):
@@ -50,25 +58,12 @@ class LoRADropoutAdapter:
         )
 
     def _add_factors(self):
-        """Freeze the kernel and create both factors next to it."""
+        """Freeze the kernel and create the factors next to it."""
         axes = self._factor_axes(tuple(self._kernel.shape))
         streams = random.Random(self.seed)  # one seed, independent streams
         with unlocked(self):
-            self.lora_kernel_a = self.add_weight(
-                name="lora_kernel_a",
-                shape=(axes.input_dim, self.lora_rank),
-                initializer=keras.initializers.HeUniform(_next_seed(streams)),
-                dtype="float32",
-            )
-            self.lora_kernel_b = self.add_weight(
-                name="lora_kernel_b",
-                shape=(self.lora_rank, axes.output_dim),
-                initializer="zeros",
-                dtype="float32",
-            )
-            self.seed_generator = keras.random.SeedGenerator(
-                _next_seed(streams)
-            )
+            self._create_factors(axes, streams)
+            self.seed_generator = keras.random.SeedGenerator(next_seed(streams))
         self._axes = axes
         self._kernel.trainable = False
 
@@ -86,7 +81,7 @@ class LoRADropoutAdapter:
     @property
     def factors(self):
         """The trainable weights of the adapter."""
-        return [self.lora_kernel_a, self.lora_kernel_b]
+        return [getattr(self, name) for name in self.factor_names]
 
     @property
     def mask_width(self):
@@ -128,8 +123,10 @@ class LoRADropoutAdapter:
         axes = self._axes
         # Factors are float32 under any policy, arithmetic is not.
         factor_a, factor_b = (
-            ops.expand_dims(ops.cast(factor, self.compute_dtype), 0)
-            for factor in self.factors
+            ops.expand_dims(factor, 0)
+            for factor in self._factor_pair(
+                *(ops.cast(f, self.compute_dtype) for f in self.factors)
+            )
         )
         keep = self._masks(training)
         if keep is not None:
@@ -149,7 +146,9 @@ class LoRADropoutAdapter:
         check_rows(what, inputs.shape, rows if axes.batch_leads else -1)
 
     def call(self, inputs, training=None):
-        x = ops.add(self._frozen_product(inputs), self._delta(inputs, training))
+        x = self._frozen_product(inputs)
+        if self.lora_rank:
+            x = ops.add(x, self._delta(inputs, training))
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:
@@ -189,8 +188,8 @@ class LoRADropoutAdapter:
     def save_own_variables(self, store):
         super().save_own_variables(store)
         if self.built:
-            store["lora_kernel_a"] = self.lora_kernel_a
-            store["lora_kernel_b"] = self.lora_kernel_b
+            for name in self.factor_names:
+                store[name] = getattr(self, name)
             store[_RANDOM_STATE] = self.seed_generator.state
 
     def load_own_variables(self, store):
@@ -198,34 +197,20 @@ class LoRADropoutAdapter:
         keys = set(store.keys()) - {_RANDOM_STATE}
         weights = {key: store[key] for key in keys}
         super().load_own_variables(weights)
-        self.lora_kernel_a.assign(store["lora_kernel_a"])
-        self.lora_kernel_b.assign(store["lora_kernel_b"])
+        for name in self.factor_names:
+            getattr(self, name).assign(store[name])
         self.seed_generator.state.assign(store[_RANDOM_STATE])
 
 
-def reject_keras_lora(kwargs):
-    """Refuse the constructor arguments of Keras's own LoRA."""
-    for name in ("lora_rank", "lora_alpha"):
-        if kwargs.pop(name, None) is not None:
-            raise ValueError(
-                f"`{name}` belongs to Keras's own LoRA and is not allowed "
-                f"here. Pass `{name.removeprefix('lora_')}` instead."
-            )
+def check_linear(layer, rank, axes, where):
+    """Raise `ValueError` if a built linear layer cannot hold an adapter.
 
-
-def check_adaptable(layer, rank, where):
-    """Raise `ValueError` if a built linear layer cannot take an adapter."""
-    if isinstance(layer, LoRADropoutAdapter) and layer.built:
-        if hasattr(layer, "lora_kernel_a"):
-            raise ValueError(
-                f"LoRA Dropout is already enabled on {where}. A layer takes "
-                "one adapter; start from a fresh model to change its settings."
-            )
-    if not layer.built:
-        raise ValueError(
-            f"Cannot adapt {where}: it is not built yet. Call the model on a "
-            "batch of data first, or give it an `Input`."
-        )
+    Args:
+        layer: A built `Dense` or `EinsumDense`.
+        rank: Rank of the adapter.
+        axes: `FactorAxes` of the layer's kernel.
+        where: String that names the layer in messages.
+    """
     if layer.lora_enabled:
         raise ValueError(
             f"Cannot adapt {where}: Keras's own LoRA is already enabled on it. "
@@ -245,60 +230,9 @@ def check_adaptable(layer, rank, where):
             "does not keep. Build the layer without `kernel_constraint`, or "
             "leave it out with `target_layers`."
         )
-    axes = adapter_class(type(layer))._factor_axes(
-        layer, tuple(layer._kernel.shape)
-    )
     validation.rank_fits(rank, axes.input_dim, axes.output_dim, where)
 
 
-def adapt(layer, *, rank, alpha, dropout_rate, rescale, seed):
-    """Give a built `Dense` or `EinsumDense` an adapter, in place.
-
-    The object stays the same: graphs, attributes and trackers that refer to it
-    stay valid. Only its class changes, to a subclass of its own.
-    """
-    layer.__class__ = adapter_class(type(layer))
-    layer._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
-    layer._add_factors()
-
-
-def can_adapt(layer):
-    """Whether the layer is a linear layer whose product is Keras's own."""
-    return adapter_class(type(layer)) is not None
-
-
-_ADAPTER_CLASSES: dict[type, type] = {}
-
-
-def adapts(keras_class):
-    """Decorator: register an adapted layer for a Keras layer class."""
-
-    def register(adapter):
-        _ADAPTER_CLASSES[keras_class] = adapter
-        return adapter
-
-    return register
-
-
-@functools.cache
-def adapter_class(layer_class):
-    """Return the adapted subclass of a layer class, or `None`.
-
-    A subclass of `Dense` that keeps `Dense.call` gets a class that is still a
-    subclass of it; one with a `call` of its own computes something else.
-    """
-    if issubclass(layer_class, LoRADropoutAdapter):
-        return layer_class
-    for keras_class, adapter in _ADAPTER_CLASSES.items():
-        if layer_class is keras_class:
-            return adapter
-        if issubclass(layer_class, keras_class):
-            if layer_class.call is not keras_class.call:
-                return None
-            name = f"LoRADropout{layer_class.__name__}"
-            return type(name, (adapter, layer_class), {})
-    return None
-
-
-def _next_seed(streams):
+def next_seed(streams):
+    """Draw the seed of one weight or generator of a layer."""
     return streams.randrange(validation.MAX_SEED)

@@ -1,17 +1,39 @@
 """`LoRADropoutDense` and `LoRADropoutEinsumDense`."""
 
 import keras
-from keras import ops
 
-from keras_lora_dropout.core import factors
-from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
-from keras_lora_dropout.layers.adapter import adapts
-from keras_lora_dropout.layers.adapter import reject_keras_lora
+from keras_lora_dropout.layers.adapt import adapts
+from keras_lora_dropout.layers.adapter import next_seed
+from keras_lora_dropout.layers.linear import AdaptedDense
+from keras_lora_dropout.layers.linear import AdaptedEinsumDense
 
 
-@adapts(keras.layers.Dense)
+class LoRAFactors:
+    """Mixin: the delta is `A @ B`, [L] Eq. 1."""
+
+    factor_names: tuple[str, ...] = ("lora_kernel_a", "lora_kernel_b")
+
+    def _create_factors(self, axes, streams):
+        self.lora_kernel_a = self.add_weight(
+            name="lora_kernel_a",
+            shape=(axes.input_dim, self.lora_rank),
+            initializer=keras.initializers.HeUniform(next_seed(streams)),
+            dtype="float32",
+        )
+        self.lora_kernel_b = self.add_weight(
+            name="lora_kernel_b",
+            shape=(self.lora_rank, axes.output_dim),
+            initializer="zeros",
+            dtype="float32",
+        )
+
+    def _factor_pair(self, lora_kernel_a, lora_kernel_b):
+        return lora_kernel_a, lora_kernel_b
+
+
+@adapts(keras.layers.Dense, adaptive=False)
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
-class LoRADropoutDense(LoRADropoutAdapter, keras.layers.Dense):
+class LoRADropoutDense(LoRAFactors, AdaptedDense):
     """Dense layer with LoRA Dropout.
 
     In training it computes
@@ -63,31 +85,10 @@ class LoRADropoutDense(LoRADropoutAdapter, keras.layers.Dense):
     (2, 4)
     """
 
-    def __init__(
-        self,
-        units,
-        *args,
-        rank=8,
-        alpha=None,
-        dropout_rate=0.5,
-        rescale=False,
-        seed=None,
-        **kwargs,
-    ):
-        reject_keras_lora(kwargs)
-        super().__init__(units, *args, **kwargs)
-        self._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
 
-    def _factor_axes(self, kernel_shape):
-        return factors.dense_axes(kernel_shape)
-
-    def _frozen_product(self, inputs):
-        return ops.matmul(inputs, self.kernel)
-
-
-@adapts(keras.layers.EinsumDense)
+@adapts(keras.layers.EinsumDense, adaptive=False)
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
-class LoRADropoutEinsumDense(LoRADropoutAdapter, keras.layers.EinsumDense):
+class LoRADropoutEinsumDense(LoRAFactors, AdaptedEinsumDense):
     """Einsum layer with LoRA Dropout.
 
     As `LoRADropoutDense`, for a kernel of any shape: all contracted axes of
@@ -136,27 +137,3 @@ class LoRADropoutEinsumDense(LoRADropoutAdapter, keras.layers.EinsumDense):
     >>> layer.lora_kernel_a.shape, layer.lora_kernel_b.shape
     ((6, 3), (3, 10))
     """
-
-    def __init__(
-        self,
-        equation,
-        output_shape,
-        *args,
-        rank=8,
-        alpha=None,
-        dropout_rate=0.5,
-        rescale=False,
-        seed=None,
-        **kwargs,
-    ):
-        reject_keras_lora(kwargs)
-        super().__init__(equation, output_shape, *args, **kwargs)
-        self._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
-
-    def _factor_axes(self, kernel_shape):
-        return factors.einsum_axes(
-            self.equation, kernel_shape, self.input_spec.ndim
-        )
-
-    def _frozen_product(self, inputs):
-        return ops.einsum(self.equation, inputs, self.kernel)

@@ -6,6 +6,7 @@ instance each. The backends differ only in how they turn the loss of a pass
 into gradients and add those up.
 """
 
+import contextlib
 import inspect
 
 from keras import ops
@@ -66,7 +67,10 @@ def pass_loss(model, x, y, sample_weight):
     reduction, weight and custom `compute_loss` keeps its meaning.
 
     Returns:
-        Tuple of the scalar loss and the outputs averaged over the instances.
+        Tuple `(objective, losses, outputs)`: the scalar to differentiate, the
+        losses to report by name, the outputs averaged over the instances. The
+        objective adds AdaLoRA's orthogonality penalty to the loss and applies
+        the optimizer's loss scale, where there are such.
     """
     count = instances_per_pass(model)
     outputs = model(instances.tile(x, count), training=True)
@@ -75,21 +79,41 @@ def pass_loss(model, x, y, sample_weight):
     compute_loss = _compute_loss(model)
     losses = [compute_loss(x, y, sample, sample_weight) for sample in samples]
     loss = losses[0] if count == 1 else sum(losses) / count
-    return loss, instances.mean(samples)
+    reported = {"loss": loss}
+    objective = loss
+    allocator = model.rank_allocator
+    if allocator is not None and allocator.settings.orthogonal_penalty:
+        penalty = allocator.penalty()
+        reported["orthogonal_penalty"] = penalty
+        objective = loss + allocator.settings.orthogonal_penalty * penalty
+    objective = model.optimizer.scale_loss(objective)
+    return objective, reported, instances.mean(samples)
 
 
-def scale_loss(model, loss):
-    """Apply the optimizer's loss scale, where it has one."""
-    return loss if model.optimizer is None else model.optimizer.scale_loss(loss)
+def around_update(model, weights, gradients):
+    """Return the context in which the optimizer takes its step.
+
+    On leaving it, AdaLoRA scores and prunes the ranks, if the model has a rank
+    schedule.
+    """
+    allocator = model.rank_allocator
+    if allocator is None or not allocator.is_open:
+        return contextlib.nullcontext()
+    return allocator.around_update(model.optimizer, weights, gradients)
 
 
-def update_metrics(model, x, y, outputs, sample_weight, loss):
+def update_metrics(model, x, y, outputs, sample_weight, losses):
     """Track the loss, update the metrics, return the logs."""
+    losses = dict(losses)
+    loss = losses.pop("loss")
     for metric in model.metrics:
         if metric.name == "loss":
             metric.update_state(loss, sample_weight=instances.batch_size(x))
             break
-    return model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
+    logs = model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
+    if model.rank_allocator is not None:
+        losses.update(model.rank_allocator.logs())
+    return {**logs, **losses}
 
 
 def _compute_loss(model):

@@ -27,11 +27,12 @@ class NSampleTrainStep:
                 ) as scope,
                 use_draws(draws),
             ):
-                loss, outputs = objective.pass_loss(self, x, y, sample_weight)
-                scaled = objective.scale_loss(self, loss)
+                total, losses, outputs = objective.pass_loss(
+                    self, x, y, sample_weight
+                )
             non_trainable = _values(scope, self.non_trainable_variables)
             metrics = _values(scope, self.metrics_variables)
-            return scaled, (loss, outputs, non_trainable, metrics)
+            return total, (losses, outputs, non_trainable, metrics)
 
         gradient_of_pass = jax.value_and_grad(loss_of_pass, has_aux=True)
 
@@ -39,8 +40,8 @@ class NSampleTrainStep:
             (_, aux), gradients = gradient_of_pass(
                 trainable, non_trainable, metrics, values
             )
-            loss, outputs, non_trainable, metrics = aux
-            return (non_trainable, metrics), (gradients, loss, outputs)
+            losses, outputs, non_trainable, metrics = aux
+            return (non_trainable, metrics), (gradients, losses, outputs)
 
         with _state(
             (self.trainable_variables, trainable),
@@ -49,18 +50,35 @@ class NSampleTrainStep:
             passes = objective.draw_passes(self, x)
         non_trainable = _values(scope, self.non_trainable_variables)
 
-        (non_trainable, metrics), (gradients, loss, outputs) = _mean_over(
+        (non_trainable, metrics), (gradients, losses, outputs) = _mean_over(
             run_pass, (non_trainable, metrics), passes
         )
-        trainable, optimizer_variables = self.optimizer.stateless_apply(
-            optimizer_variables, gradients, trainable
-        )
-        with _state((self.metrics_variables, metrics)) as scope:
+        with _state(
+            (self.trainable_variables, trainable),
+            (self.non_trainable_variables, non_trainable),
+            (self.optimizer.variables, optimizer_variables),
+            (self.metrics_variables, metrics),
+        ) as scope:
+            with objective.around_update(
+                self, self.trainable_variables, gradients
+            ):
+                trainable, optimizer_variables = self.optimizer.stateless_apply(
+                    optimizer_variables, gradients, trainable
+                )
+                _assign(self.trainable_variables, trainable)
+                _assign(self.optimizer.variables, optimizer_variables)
             logs = objective.update_metrics(
-                self, x, y, outputs, sample_weight, loss
+                self, x, y, outputs, sample_weight, losses
             )
-        metrics = _values(scope, self.metrics_variables)
-        return logs, (trainable, non_trainable, optimizer_variables, metrics)
+        return logs, tuple(
+            _values(scope, variables)
+            for variables in (
+                self.trainable_variables,
+                self.non_trainable_variables,
+                self.optimizer.variables,
+                self.metrics_variables,
+            )
+        )
 
 
 @contextlib.contextmanager
@@ -119,6 +137,11 @@ def _state(*pairs):
         for entry in zip(variables, values, strict=True)
     ]
     return keras.StatelessScope(mapping, collect_losses=True)
+
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _values(scope, variables):

@@ -22,19 +22,20 @@ class NSampleTrainStep:
             # and needs its masks there.
             with use_draws(objective.pass_draws(self, x, values)):
                 with tf.GradientTape() as tape:
-                    loss, outputs = objective.pass_loss(
+                    total, losses, outputs = objective.pass_loss(
                         self, x, y, sample_weight
                     )
-                    scaled = objective.scale_loss(self, loss)
-                gradients = tape.gradient(scaled, weights)
-            return loss, outputs, [_dense(gradient) for gradient in gradients]
+                gradients = tape.gradient(total, weights)
+            gradients = [_dense(gradient) for gradient in gradients]
+            return losses, outputs, gradients
 
-        loss, outputs, gradients = instances.mean(
+        losses, outputs, gradients = instances.mean(
             run_pass(values) for values in objective.draw_passes(self, x)
         )
-        self.optimizer.apply(gradients, weights)
+        with objective.around_update(self, weights, gradients):
+            self.optimizer.apply(gradients, weights)
         return objective.update_metrics(
-            self, x, y, outputs, sample_weight, loss
+            self, x, y, outputs, sample_weight, losses
         )
 
 

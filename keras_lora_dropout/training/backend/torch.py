@@ -21,18 +21,21 @@ class NSampleTrainStep:
             # Gradient checkpointing runs the forward pass again in `backward`
             # and needs its masks there.
             with use_draws(objective.pass_draws(self, x, values)):
-                loss, outputs = objective.pass_loss(self, x, y, sample_weight)
-                scaled = objective.scale_loss(self, loss) / len(passes)
-                scaled.backward()
-            return keras.tree.map_structure(_detach, (loss, outputs))
+                total, losses, outputs = objective.pass_loss(
+                    self, x, y, sample_weight
+                )
+                (total / len(passes)).backward()
+            return keras.tree.map_structure(_detach, (losses, outputs))
 
         self.zero_grad()
-        loss, outputs = instances.mean(run_pass(values) for values in passes)
+        losses, outputs = instances.mean(run_pass(values) for values in passes)
         weights = list(self.trainable_weights)
+        gradients = [w.value.grad for w in weights]
         with torch.no_grad():
-            self.optimizer.apply([w.value.grad for w in weights], weights)
+            with objective.around_update(self, weights, gradients):
+                self.optimizer.apply(gradients, weights)
         return objective.update_metrics(
-            self, x, y, outputs, sample_weight, loss
+            self, x, y, outputs, sample_weight, losses
         )
 
 

@@ -1,0 +1,81 @@
+"""Which adapted class stands for a Keras layer, and the change to it."""
+
+import functools
+
+from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
+from keras_lora_dropout.layers.adapter import check_linear
+
+_ADAPTER_CLASSES: dict[tuple[type, bool], type] = {}
+
+
+def adapts(keras_class, *, adaptive):
+    """Decorator: register an adapted layer for a Keras layer class.
+
+    Args:
+        keras_class: `keras.layers.Dense` or another linear layer.
+        adaptive: Boolean. Whether the adapter has a rank that adapts, as in
+            AdaLoRA, or a fixed one.
+    """
+
+    def register(adapter):
+        _ADAPTER_CLASSES[keras_class, adaptive] = adapter
+        return adapter
+
+    return register
+
+
+@functools.cache
+def adapter_class(layer_class, adaptive=False):
+    """Return the adapted subclass of a layer class, or `None`.
+
+    A subclass of `Dense` that keeps `Dense.call` gets a class that is still a
+    subclass of it; one with a `call` of its own computes something else.
+    """
+    if issubclass(layer_class, LoRADropoutAdapter):
+        return layer_class
+    for (keras_class, kind), adapter in _ADAPTER_CLASSES.items():
+        if kind != adaptive:
+            continue
+        if layer_class is keras_class:
+            return adapter
+        if issubclass(layer_class, keras_class):
+            if layer_class.call is not keras_class.call:
+                return None
+            prefix = "AdaLoRADropout" if adaptive else "LoRADropout"
+            name = f"{prefix}{layer_class.__name__}"
+            return type(name, (adapter, layer_class), {})
+    return None
+
+
+def can_adapt(layer):
+    """Whether the layer is a linear layer whose product is Keras's own."""
+    return adapter_class(type(layer)) is not None
+
+
+def check_adaptable(layer, rank, where):
+    """Raise `ValueError` if a linear layer of a model cannot be adapted."""
+    if isinstance(layer, LoRADropoutAdapter):
+        raise ValueError(
+            f"LoRA Dropout is already enabled on {where}. A layer takes "
+            "one adapter; start from a fresh model to change its settings."
+        )
+    if not layer.built:
+        raise ValueError(
+            f"Cannot adapt {where}: it is not built yet. Call the model on a "
+            "batch of data first, or give it an `Input`."
+        )
+    axes = adapter_class(type(layer))._factor_axes(
+        layer, tuple(layer._kernel.shape)
+    )
+    check_linear(layer, rank, axes, where)
+
+
+def adapt(layer, *, adaptive, rank, alpha, dropout_rate, rescale, seed):
+    """Give a built `Dense` or `EinsumDense` an adapter, in place.
+
+    The object stays the same: graphs, attributes and trackers that refer to it
+    stay valid. Only its class changes, to a subclass of its own.
+    """
+    layer.__class__ = adapter_class(type(layer), adaptive)
+    layer._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
+    layer._add_factors()
