@@ -89,6 +89,14 @@ def adalora_delta_matrix(q, lam, p, mask_q, mask_p, scaling=1.0):
     return scaling * (masked_q @ np.diag(lam) @ masked_p)
 
 
+def two_factors(*factors):
+    """`A, B`, or `Q Lambda, P` of AdaLoRA: two factors with the same delta."""
+    a, *middle, b = factors
+    for singular_values in middle:
+        a = a @ np.diag(singular_values)
+    return a, b
+
+
 def cross_entropy(logits, labels):
     """Mean softmax cross-entropy and its gradient by the logits."""
     shifted = logits - logits.max(axis=1, keepdims=True)

@@ -13,6 +13,8 @@ from helpers import draws_of
 from helpers import set_random
 from keras import ops
 
+from keras_lora_dropout import AdaLoRADropoutDense
+from keras_lora_dropout import AdaLoRADropoutEinsumDense
 from keras_lora_dropout import LoRADropoutDense
 from keras_lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout import LoRADropoutModel
@@ -45,6 +47,7 @@ EQUATIONS = [
     ("th,ehm->etm", (3, 4), (3, 5), None, False),
     ("abc,cd->bad", (3, 3, 5), (3, 6), "d", False),
 ]
+EINSUM_LAYERS = [LoRADropoutEinsumDense, AdaLoRADropoutEinsumDense]
 NAMES = [f"{row[0]}-{len(row[1])}d" for row in EQUATIONS]
 
 
@@ -78,8 +81,7 @@ def expected_blocks(layer, equation, x, pairs):
             equation,
             block,
             array(layer.kernel),
-            array(layer.lora_kernel_a),
-            array(layer.lora_kernel_b),
+            *reference.two_factors(*map(array, layer.factors)),
             *(reference.inverted(m, RATE, layer.rescale) for m in pair),
             scaling=ALPHA / layer.lora_rank,
         )
@@ -100,16 +102,17 @@ def inputs_of(shape, groups=1, seed=2):
 
 
 @pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("cls", EINSUM_LAYERS)
 @pytest.mark.parametrize(
     "equation, shape, output_shape, bias_axes, batch_leads",
     EQUATIONS,
     ids=NAMES,
 )
 def test_einsum_dense(
-    equation, shape, output_shape, bias_axes, batch_leads, rescale
+    equation, shape, output_shape, bias_axes, batch_leads, cls, rescale
 ):
     x = inputs_of(shape)
-    layer = LoRADropoutEinsumDense(
+    layer = cls(
         equation,
         output_shape,
         bias_axes=bias_axes,
@@ -130,19 +133,20 @@ def test_einsum_dense(
 
 
 @pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("cls", EINSUM_LAYERS)
 @pytest.mark.parametrize(
     "equation, shape, output_shape, bias_axes, batch_leads",
     EQUATIONS,
     ids=NAMES,
 )
 def test_einsum_dense_with_several_masks(
-    equation, shape, output_shape, bias_axes, batch_leads, groups
+    equation, shape, output_shape, bias_axes, batch_leads, cls, groups
 ):
     if not batch_leads:
         shape = (1, *shape[1:])  # So that every shape works out.
         output_shape = (output_shape[0], output_shape[-1])
     x = inputs_of(shape, groups if batch_leads else 3)
-    layer = LoRADropoutEinsumDense(
+    layer = cls(
         equation,
         output_shape,
         bias_axes=bias_axes,
@@ -165,9 +169,10 @@ def test_einsum_dense_with_several_masks(
 @pytest.mark.parametrize("shape", [(4, 5), (4, 3, 5), (2, 3, 2, 5)])
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("rescale", [True, False])
-def test_dense(shape, groups, use_bias, rescale):
+@pytest.mark.parametrize("cls", [LoRADropoutDense, AdaLoRADropoutDense])
+def test_dense(shape, groups, use_bias, cls, rescale):
     x = inputs_of(shape, groups)
-    layer = LoRADropoutDense(
+    layer = cls(
         6,
         activation="tanh" if use_bias else None,
         use_bias=use_bias,

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_lora_dropout import AdaLoRADropoutDense
 from keras_lora_dropout import LoRADropoutDense
 from keras_lora_dropout import LoRADropoutEinsumDense
 
@@ -55,7 +56,11 @@ def einsum(**options):
     )
 
 
-@pytest.fixture(params=[dense, einsum])
+def adalora(**options):
+    return AdaLoRADropoutDense(6, name="query", **options)
+
+
+@pytest.fixture(params=[dense, einsum, adalora])
 def make(request):
     return request.param
 

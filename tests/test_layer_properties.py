@@ -11,6 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+from keras_lora_dropout import AdaLoRADropoutDense
+from keras_lora_dropout import AdaLoRADropoutEinsumDense
 from keras_lora_dropout import LoRADropoutDense
 from keras_lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout.core import factors
@@ -21,6 +23,10 @@ settings.load_profile("ours")
 # Few sizes, so that compiled operations are used again.
 SIZES = st.sampled_from([1, 2, 3, 5])
 RATES = st.sampled_from([0.0, 0.1, 0.5, 0.9])
+EINSUM_LAYERS = [LoRADropoutEinsumDense, AdaLoRADropoutEinsumDense]
+LAYERS = st.sampled_from(
+    [LoRADropoutDense, AdaLoRADropoutDense, *EINSUM_LAYERS]
+)
 
 
 @st.composite
@@ -104,26 +110,24 @@ def test_delta_is_linear_in_each_factor(inputs, outputs, weight, seed):
     assert_close(delta(a1, b1 + weight * b2), in_b, 1e-4)
 
 
-def build_layer(is_einsum, inputs, outputs, rank, rate, rescale=False):
+def build_layer(kind, inputs, outputs, rank, rate, rescale=False):
     options = {
         "rank": min(rank, inputs, outputs),
         "alpha": 3,
         "dropout_rate": rate,
         "rescale": rescale,
     }
-    if is_einsum:
-        layer = LoRADropoutEinsumDense(
-            "abc,dc->abd", (None, outputs), **options
-        )
+    if kind in EINSUM_LAYERS:
+        layer = kind("abc,dc->abd", (None, outputs), **options)
     else:
-        layer = LoRADropoutDense(outputs, use_bias=False, **options)
+        layer = kind(outputs, use_bias=False, **options)
     layer.build((None, 3, inputs))
     set_random([layer.kernel, *layer.factors], scale=1)
     return layer
 
 
 @given(
-    st.booleans(),
+    LAYERS,
     SIZES,
     SIZES,
     st.integers(1, 3),
@@ -133,9 +137,9 @@ def build_layer(is_einsum, inputs, outputs, rank, rate, rescale=False):
 )
 @settings(max_examples=30)
 def test_masked_layer_is_the_dense_reference(
-    is_einsum, inputs, outputs, rank, rate, rescale, seed
+    kind, inputs, outputs, rank, rate, rescale, seed
 ):
-    layer = build_layer(is_einsum, inputs, outputs, rank, rate, rescale)
+    layer = build_layer(kind, inputs, outputs, rank, rate, rescale)
     generator = np.random.default_rng(seed)
     draws = generator.random((1, inputs + outputs), "float32")
     keep = reference.inverted(
@@ -145,9 +149,9 @@ def test_masked_layer_is_the_dense_reference(
     with draws_of([layer], draws):
         # The output for the unit vectors is the whole matrix.
         matrix = array(layer(np.eye(inputs)[None], training=True))[0]
-    matrix -= kernel.T if is_einsum else kernel
+    matrix -= kernel.T if kind in EINSUM_LAYERS else kernel
     expected = reference.delta_matrix(
-        *map(array, layer.factors),
+        *reference.two_factors(*map(array, layer.factors)),
         keep[:inputs],
         keep[inputs:],
         scaling=3 / layer.lora_rank,
@@ -159,15 +163,15 @@ def test_masked_layer_is_the_dense_reference(
 
 
 @given(
-    st.booleans(),
+    LAYERS,
     st.integers(2, 4),
     st.sampled_from([1, 2]),
     RATES,
     st.integers(0, 99),
 )
 @settings(max_examples=20)
-def test_several_groups_are_several_calls(is_einsum, groups, rows, rate, seed):
-    layer = build_layer(is_einsum, 5, 3, 2, rate)
+def test_several_groups_are_several_calls(kind, groups, rows, rate, seed):
+    layer = build_layer(kind, 5, 3, 2, rate)
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(groups * rows, 3, 5)).astype("float32")
     draws = generator.random((groups, 8), "float32")

@@ -13,6 +13,8 @@ from helpers import assert_close
 from helpers import draws_of
 from helpers import set_random
 
+from keras_lora_dropout import AdaLoRADropoutDense
+from keras_lora_dropout import AdaLoRADropoutEinsumDense
 from keras_lora_dropout import LoRADropoutDense
 from keras_lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout import LoRADropoutModel
@@ -28,6 +30,7 @@ class Case:
     adapted: type
     plain: type
     heads: int = 0
+    factors: tuple = ("lora_kernel_a", "lora_kernel_b")
 
     def make(self, cls, features=6, **options):
         if not self.heads:
@@ -49,9 +52,17 @@ class Case:
         return layer
 
 
+TRIPLETS = ("lora_kernel_a", "lora_lambda", "lora_kernel_b")
 CASES = {
     "dense": Case(LoRADropoutDense, keras.layers.Dense),
     "einsum": Case(LoRADropoutEinsumDense, keras.layers.EinsumDense, heads=2),
+    "adalora": Case(AdaLoRADropoutDense, keras.layers.Dense, factors=TRIPLETS),
+    "adalora-einsum": Case(
+        AdaLoRADropoutEinsumDense,
+        keras.layers.EinsumDense,
+        heads=2,
+        factors=TRIPLETS,
+    ),
 }
 
 
@@ -68,7 +79,9 @@ def flat(outputs, leading=2):
 
 def matrices(layer):
     """Kernel `(in, out)`, bias `(out,)` and delta `(in, out)`."""
-    a, b = (array(factor) for factor in layer.factors)
+    a, *middle, b = (array(factor) for factor in layer.factors)
+    for singular_values in middle:
+        a = a @ np.diag(singular_values)
     kernel = array(layer.kernel).reshape(len(a), -1)
     return kernel, array(layer.bias).ravel(), layer.scaling * (a @ b)
 
@@ -247,7 +260,7 @@ def test_save_and_load_model(case, tmp_path):
         ours = loaded(X, training=training)
         assert_close(ours, saved(X, training=training), 0)
     names = [w.name for w in loaded.trainable_weights]
-    assert names == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    assert names == ["bias", *case.factors]
 
 
 def test_resumed_training_goes_on_with_the_next_masks(case, tmp_path):
@@ -279,7 +292,7 @@ def test_low_precision(case, policy, training):
 def test_only_the_kernel_is_frozen(case):
     layer = case.build()
     names = [w.name for w in layer.trainable_weights]
-    assert names == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    assert names == ["bias", *case.factors]
     assert "kernel" in [w.name for w in layer.non_trainable_weights]
 
 
@@ -289,7 +302,7 @@ def test_kernel_stays_frozen_when_the_layer_is_thawed(case):
     assert layer.trainable_weights == []
     layer.trainable = True
     names = [w.name for w in layer.trainable_weights]
-    assert names == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    assert names == ["bias", *case.factors]
 
 
 def test_alone_in_a_model_with_stock_fit(case):

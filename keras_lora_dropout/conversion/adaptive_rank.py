@@ -72,7 +72,7 @@ class AdaptiveRank:
         check_target(budget.target_rank, sum(ranks.values()) / len(ranks))
 
     def _require_allocator(self, method):
-        """Raise `ValueError` if AdaLoRA layers would train without pruning."""
+        """Raise if the schedule cannot start; warn if there is none at all."""
         self._find_allocator()
         if self.rank_allocator is not None:
             return
@@ -82,14 +82,19 @@ class AdaptiveRank:
                 "the rank schedule of its layers. Call the model on a batch "
                 "of data first."
             )
-        for path, layer in self.adapted_layers:
-            if isinstance(layer, AdaLoRAFactors):
-                raise ValueError(
-                    f'Model "{self.name}" has AdaLoRA layers, such as '
-                    f'"{path}", but no `rank_budget`: no rank would ever be '
-                    "pruned. Pass `rank_budget=RankBudget(...)`, or use "
-                    "`LoRADropoutDense` for a fixed rank."
-                )
+        fixed = [
+            path
+            for path, layer in self.adapted_layers
+            if isinstance(layer, AdaLoRAFactors)
+        ]
+        if fixed:
+            logger.warning(
+                "Model %r has AdaLoRA layers but no `rank_budget`: no rank "
+                "will be pruned. Pass `rank_budget=RankBudget(...)` to let "
+                "them adapt. The layers are:\n%s",
+                self.name,
+                "\n".join(f"  {path}" for path in fixed),
+            )
 
     def rank_pattern(self):
         """Return how many ranks each adapted layer keeps at present.

@@ -99,7 +99,8 @@ def current_budget(step, removal_steps):
 def rank_mask(scores, budget):
     """Keep the triplets of highest importance, [A] Eq. 6.
 
-    Exactly `budget` triplets are kept: of equal scores, the first.
+    Exactly `budget` triplets are kept: of equal scores, the first. A score
+    that is no number counts as the least.
 
     Args:
         scores: Tensor `(triplets,)`, the importance over all layers.
@@ -108,6 +109,7 @@ def rank_mask(scores, budget):
     Returns:
         Tensor `(triplets,)`, 1.0 for what is kept and 0.0 for the rest.
     """
+    scores = ops.nan_to_num(scores, nan=-1.0)  # Backends sort NaN differently.
     order = ops.argsort(-scores)  # Stable on all backends.
     return ops.cast(ops.argsort(order) < budget, "float32")
 

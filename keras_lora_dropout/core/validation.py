@@ -45,7 +45,7 @@ def dropout_rate(value):
 def alpha(value, rank):
     """Return the strength as `float`; `None` means `rank` (scaling 1)."""
     if value is None:
-        return float(rank or 1)  # Rank 0 has no delta to scale.
+        return float(rank)
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_real or not math.isfinite(value) or value <= 0:
         raise ValueError(

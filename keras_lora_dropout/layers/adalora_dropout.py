@@ -4,7 +4,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.layers.adapt import adapts
 from keras_lora_dropout.layers.adapter import next_seed
@@ -28,8 +27,13 @@ class AdaLoRAFactors:
         "lora_kernel_b",
     )
 
-    def _checked_rank(self, rank):
-        return validation.integer("rank", rank, at_least=0)
+    @classmethod
+    def from_config(cls, config):
+        # Rank 0 is what `keep_triplets` may leave, but no setting for users.
+        rank = config["rank"]
+        layer = super().from_config({**config, "rank": max(rank, 1)})
+        layer.lora_rank = rank
+        return layer
 
     def _create_factors(self, axes, streams):
         self._set_factors(
@@ -117,8 +121,7 @@ class AdaLoRADropoutDense(AdaLoRAFactors, AdaptedDense):
         units: Positive integer. Number of output features.
         *args: Further positional arguments of `keras.layers.Dense`.
         rank: Positive integer, at most the smaller side of the kernel. Number
-            of triplets at the start. Defaults to 8. (0 is what
-            `compact_ranks` leaves of a layer without kept triplets.)
+            of triplets at the start. Defaults to 8.
         alpha: Positive number or `None`. Strength of the adapter; `None` means
             `rank`, so that `scaling` is 1. Pruning does not change `scaling`.
         dropout_rate: Number in `[0, 1)`. Chance `p` that a mask entry is zero;
@@ -169,8 +172,6 @@ class AdaLoRADropoutEinsumDense(AdaLoRAFactors, AdaptedEinsumDense):
         *args: Further positional arguments of `keras.layers.EinsumDense`.
         rank: Positive integer, at most the smaller of the number of input and
             output features. Number of triplets at the start. Defaults to 8.
-            (0 is what `compact_ranks` leaves of a layer without kept
-            triplets.)
         alpha: Positive number or `None`. Strength of the adapter; `None` means
             `rank`, so that `scaling` is 1. Pruning does not change `scaling`.
         dropout_rate: Number in `[0, 1)`. Chance `p` that a mask entry is zero;

@@ -27,19 +27,16 @@ class LoRADropoutAdapter:
     factor_names: tuple[str, ...] = ()
 
     def _set_adapter_settings(self, rank, alpha, dropout_rate, rescale, seed):
-        self.lora_rank = self._checked_rank(rank)
+        self.lora_rank = validation.positive_integer("rank", rank)
         self.lora_alpha = validation.alpha(alpha, self.lora_rank)
         self.dropout_rate = validation.dropout_rate(dropout_rate)
         self.rescale = validation.boolean("rescale", rescale)
         self.seed = validation.seed(seed)
 
-    def _checked_rank(self, rank):
-        return validation.positive_integer("rank", rank)
-
     @property
     def scaling(self):
         """Multiplier `alpha / rank` of the delta."""
-        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
+        return self.lora_alpha / max(self.lora_rank, 1)
 
     def build(self, input_shape):
         # Keras would add its own LoRA for a layer with a `lora_rank`.

@@ -152,7 +152,7 @@ class RankAllocator:
         the gradients before it, as in the AdaLoRA authors' code.
 
         Args:
-            optimizer: The compiled optimizer, built.
+            optimizer: The compiled optimizer.
             weights: List of the trainable variables.
             gradients: List of their gradients, as given to the optimizer.
         """

@@ -13,7 +13,7 @@ def step_gradients(optimizer, weights, gradients):
     That is, without loss scale, and averaged over the batches of one step.
 
     Args:
-        optimizer: The compiled optimizer, built, before it takes its step.
+        optimizer: The compiled optimizer, before it takes its step.
         weights: List of the trainable variables.
         gradients: List of their gradients, as given to the optimizer; `None`
             where the loss does not depend on a variable.
@@ -21,6 +21,8 @@ def step_gradients(optimizer, weights, gradients):
     Returns:
         Dictionary of tensors by the id of their variable.
     """
+    if not optimizer.built:  # TensorFlow leaves that to the first step.
+        optimizer.build(weights)
     scale = optimizer.scale_loss(_NO_SCALE)
     batches = batches_per_step(optimizer)
     accumulated = accumulated_gradients(_unscaled(optimizer), weights)
