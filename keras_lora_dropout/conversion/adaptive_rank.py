@@ -200,9 +200,11 @@ class _StartSchedule(keras.callbacks.Callback):
 def _with_schedule(callbacks):
     """Add the callback last, after one that restores an interrupted run."""
     start = _StartSchedule()
-    if isinstance(callbacks, keras.callbacks.CallbackList):
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return [*keras.tree.flatten(callbacks or []), start]
+    # `fit` takes such a list as it is, and does not set it up again.
+    if not any(isinstance(c, _StartSchedule) for c in callbacks.callbacks):
         start.set_params(callbacks.params)
         start.set_model(callbacks.model)
-        callbacks.append(start)
-        return callbacks
-    return [*keras.tree.flatten(callbacks or []), start]
+        callbacks.callbacks.append(start)
+    return callbacks

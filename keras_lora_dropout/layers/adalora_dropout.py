@@ -46,23 +46,24 @@ class AdaLoRAFactors:
     def _set_factors(self, lora_kernel_a, lora_lambda, lora_kernel_b, axes):
         """Create the weights from three initializers."""
         rank = self.lora_rank
+        options = {"dtype": "float32", "trainable": rank > 0}
         self.lora_kernel_a = self.add_weight(
             name="lora_kernel_a",
             shape=(axes.input_dim, rank),
             initializer=lora_kernel_a,
-            dtype="float32",
+            **options,
         )
         self.lora_lambda = self.add_weight(
             name="lora_lambda",
             shape=(rank,),
             initializer=lora_lambda,
-            dtype="float32",
+            **options,
         )
         self.lora_kernel_b = self.add_weight(
             name="lora_kernel_b",
             shape=(rank, axes.output_dim),
             initializer=lora_kernel_b,
-            dtype="float32",
+            **options,
         )
 
     def _factor_pair(self, lora_kernel_a, lora_lambda, lora_kernel_b):
@@ -92,7 +93,7 @@ class AdaLoRAFactors:
             self.factors, values, trainable, strict=True
         ):
             factor.assign(value)
-            factor.trainable = trains
+            factor.trainable = trains and factor.trainable
 
 
 @adapts(keras.layers.Dense, adaptive=True)
