@@ -1,6 +1,9 @@
 """Seeds and tolerance, for whichever backend `KERAS_BACKEND` names."""
 
 import os
+import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -12,9 +15,29 @@ os.environ.setdefault(
 )
 
 import keras
+import numpy as np
 import pytest
+
+ORACLE = pathlib.Path(__file__).parent / "peft_oracle.py"
 
 
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def peft(tmp_path_factory):
+    """What PEFT computed, by the name of the array."""
+    path = tmp_path_factory.mktemp("peft") / "results.npz"
+    process = subprocess.run(
+        [sys.executable, str(ORACLE), str(path)],
+        # Nothing is downloaded; a plain torch network needs nothing.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    with np.load(path, allow_pickle=False) as results:
+        return dict(results)
