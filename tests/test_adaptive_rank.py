@@ -11,7 +11,6 @@ from helpers import array
 from helpers import assert_close
 from helpers import classification_data
 from helpers import tiny_mlp
-from keras import ops
 
 import keras_lora_dropout as kld
 
@@ -518,12 +517,8 @@ def test_keras_hub_task():
     assert sum(pattern.values()) == layers
     assert list(pattern) == [path for path, _ in model.adapted_layers]
     expected = model.predict(x, batch_size=3, verbose=0)
-    ensemble = model.ensemble_predict(x, batch_size=3, seed=1, verbose=0)
     model.compact_ranks()
     assert_close(model.predict(x, batch_size=3, verbose=0), expected)
-    assert_close(
-        model.ensemble_predict(x, batch_size=3, seed=1, verbose=0), ensemble
+    assert layers == sum(
+        lyr.lora_lambda.shape[0] for _, lyr in model.adapted_layers
     )
-    assert sum(
-        ops.size(lyr.lora_lambda) for _, lyr in model.adapted_layers
-    ) == (layers)

@@ -36,14 +36,25 @@ def test_demo(tmp_path):
         ("LoRA Dropout", "ensemble"),
         ("LoRA Dropout, per example", "mean"),
         ("LoRA Dropout, per example", "ensemble"),
+        ("AdaLoRA", "mean"),
+        ("AdaLoRA Dropout, per example", "mean"),
+        ("AdaLoRA Dropout, per example", "ensemble"),
     }
+    assert (tmp_path / "demo-ranks.png").read_bytes().startswith(b"\x89PNG")
     for row in content["results"]:
         assert 0 <= row["accuracy"] <= 1
         # Eight classes, hardly trained: near the logarithm of eight.
         assert 1.5 < row["nll"] < 3.0
         # 6 layers of 4 square and 2 feed-forward kernels, and the head.
-        adapters = 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
-        assert row["weights"] == adapters + 384 * 8 + 8
+        assert row["ranks"] == 6 * 8 * 6
+        head = 384 * 8 + 8
+        if row["name"].startswith("Ada"):
+            # Ranks are spread as the training finds; a triplet has at least
+            # 384 + 1 + 384 weights.
+            assert row["weights"] - head >= row["ranks"] * (384 + 1 + 384)
+        else:
+            adapters = 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
+            assert row["weights"] == adapters + head
         assert f"{row['weights']:,}" in printed
 
 
@@ -55,7 +66,7 @@ def test_step_time(tmp_path, model):
         *("--smoke", "--model", model, "--output", str(path)),
     )
     results = json.loads(path.read_text())["results"]
-    assert len(results) == 3
+    assert len(results) == 4
     for row in results:
         assert len(row["ms"]) == 3
         assert row["name"] in printed

@@ -1,7 +1,8 @@
 """Is one training step slower than under KerasHub's own LoRA?
 
 The same small model, target layers, rank, data and optimizer: KerasHub's
-`Backbone.enable_lora` against `enable_lora_dropout` with one instance.
+`Backbone.enable_lora` against `enable_lora_dropout` with one instance, with
+fixed ranks and with AdaLoRA's, which are scored and pruned in each step.
 Contenders take turns, step by step, in one process; compilation and warm-up
 come first. Prints medians, writes every sample.
 
@@ -43,6 +44,7 @@ SHAPE = {
     "max_sequence_length": 512,
 }
 RANK = 8
+BASELINES = ["KerasHub enable_lora", "LoRA Dropout, N = 1"]
 
 
 def build(model):
@@ -68,6 +70,11 @@ CONTENDERS = {
     "LoRA Dropout, N = 1": lambda m: lora_dropout(m, num_samples=1),
     "LoRA Dropout, N = 1, per example": lambda m: lora_dropout(
         m, num_samples=1, mask_sharing="example"
+    ),
+    "AdaLoRA Dropout, N = 1": lambda m: lora_dropout(
+        m,
+        num_samples=1,
+        rank_budget=kld.RankBudget(RANK // 2, warmup_steps=0, total_steps=1000),
     ),
 }
 
@@ -110,20 +117,25 @@ def make_batch(options):
 
 
 def report(options, samples):
-    baseline = samples["KerasHub enable_lora"]
     rows = []
-    print(f"\n{'contender':34}{'median ms':>10}{'quartiles':>18}{'ratio':>8}")
+    print(f"\n{'contender':34}{'median ms':>10}{'quartiles':>18}", end="")
+    print("".join(f"{'/ ' + baseline:>24}" for baseline in BASELINES))
     for name, times in samples.items():
         low, median, high = statistics.quantiles(times, n=4)
         # Pairs of neighbouring steps: the machine's drift cancels out.
-        ratio = statistics.median(
-            ours / theirs for ours, theirs in zip(times, baseline, strict=True)
-        )
+        ratios = {
+            baseline: statistics.median(
+                ours / theirs
+                for ours, theirs in zip(times, samples[baseline], strict=True)
+            )
+            for baseline in BASELINES
+        }
         rows.append(
-            {"name": name, "median_ms": median, "ratio": ratio, "ms": times}
+            {"name": name, "median_ms": median, "ratios": ratios, "ms": times}
         )
         spread = f"{low:.1f} - {high:.1f}"
-        print(f"{name:34}{median:10.1f}{spread:>18}{ratio:8.3f}")
+        print(f"{name:34}{median:10.1f}{spread:>18}", end="")
+        print("".join(f"{ratio:24.3f}" for ratio in ratios.values()))
     backend = importlib.import_module(keras.config.backend())
     modules = (backend, keras, keras_hub, kld, np)
     content = {
