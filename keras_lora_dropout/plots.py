@@ -1,10 +1,11 @@
-"""Figures: reliability diagrams and training curves, with matplotlib."""
+"""Figures with matplotlib: calibration, training curves, adapted ranks."""
 
 import collections.abc
 
 import keras
 import numpy as np
 
+from keras_lora_dropout import rank_plot
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.metrics import ExpectedCalibrationError
 
@@ -152,6 +153,46 @@ def plot_history(histories, *, metric="val_loss", mode="auto", ax=None):
     title = metric.replace("val_", "validation ").replace("_", " ")
     ax.set(xlabel="epoch", ylabel=title)
     return _with_legend(ax)
+
+
+def plot_rank_history(history, *, ax=None):
+    """Draw how many ranks each adapted layer keeps over the training.
+
+    Time runs to the right, layers downwards in forward order. The darker a
+    cell, the more ranks; a layer that keeps none is light grey. A column shows
+    the ranks after its last step. Numbers at the right are the ranks at the
+    end. If there are too many layers to name, blocks of them are named.
+
+    Reference: [Zhang et al., 2023](https://arxiv.org/abs/2303.10512), Figure 3
+    shows the ranks at the end.
+
+    Args:
+        history: An adapted model with a `RankBudget`, or what its
+            `rank_history` returned: a dict of `"step"`, the optimizer steps,
+            and `"ranks"`, a dict of layer path -> ranks kept after these
+            steps. Lists, as read from JSON, will do for arrays.
+        ax: Matplotlib `Axes`, or `None` for a new figure.
+
+    Returns:
+        The matplotlib `Axes`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If `history` or `ax` is none of these.
+        ValueError: If the model has no `rank_budget`, if nothing is recorded
+            yet, or if the entries of the history do not go together.
+
+    Example:
+
+    >>> ranks = {"first": [2, 2, 1], "second": [2, 1, 0]}
+    >>> ax = plot_rank_history({"step": [10, 20, 30], "ranks": ranks})
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['first', 'second']
+    """
+    steps, paths, kept = rank_plot.recorded_ranks(history)
+    ax = _axes(ax, figsize=rank_plot.figure_size(len(paths)))
+    rank_plot.draw_ranks(ax, steps, paths, kept)
+    return ax
 
 
 def _axes(ax, figsize):

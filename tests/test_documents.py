@@ -248,8 +248,14 @@ def test_signatures_are_those_of_the_code(name, arguments):
         signature = inspect.signature(method.__get__(object()))
     else:
         signature = inspect.signature(PUBLIC[name])
+    bare = inspect.Signature(
+        [
+            parameter.replace(annotation=parameter.empty)
+            for parameter in signature.parameters.values()
+        ]
+    )
     written = re.sub(r",$", "", "".join(arguments.split()))
-    assert written == re.sub(r"\s", "", str(signature)[1:-1])
+    assert written == re.sub(r"\s", "", str(bare)[1:-1])
 
 
 def test_every_public_name_shows_its_signature():
