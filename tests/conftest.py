@@ -41,3 +41,11 @@ def peft(tmp_path_factory):
     assert process.returncode == 0, process.stdout + process.stderr
     with np.load(path, allow_pickle=False) as results:
         return dict(results)
+
+
+@pytest.fixture
+def closed_figures():
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")

@@ -6,6 +6,10 @@ import families
 import keras
 import numpy as np
 import pytest
+from adaptive_models import LOSS
+from adaptive_models import adaptive
+from adaptive_models import assert_compact_copy_agrees
+from adaptive_models import fit
 from helpers import BACKEND
 from helpers import array
 from helpers import assert_close
@@ -13,31 +17,6 @@ from helpers import classification_data
 from helpers import tiny_mlp
 
 import keras_lora_dropout as kld
-
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def adaptive(budget=None, optimizer=None, model=None, **options):
-    """An adapted MLP, ranks 4 to 2, compiled."""
-    model = kld.enable_lora_dropout(
-        model or tiny_mlp(),
-        **{
-            "rank": 4,
-            "rank_budget": budget or kld.RankBudget(2),
-            "num_samples": 2,
-            "seed": 0,
-            **options,
-        },
-    )
-    model.compile(optimizer or keras.optimizers.Adam(0.05), LOSS)
-    return model
-
-
-def fit(model, epochs=5, **options):
-    """Four steps an epoch, unless the optimizer accumulates."""
-    x, y = classification_data(16)
-    options = {"batch_size": 4, "epochs": epochs, "verbose": 0, **options}
-    return model.fit(x, y, **options).history
 
 
 def schedule_of(model):
@@ -291,115 +270,6 @@ def test_rank_history_of_a_long_run_has_a_fixed_length():
     )
 
 
-def compact_copy_of(model):
-    x, _ = classification_data()
-    before = (
-        model.predict(x, verbose=0),
-        model.ensemble_predict(x, seed=5, verbose=0),
-        model.ensemble_predict(x, seed=5, return_samples=True, verbose=0),
-    )
-    model.compact_ranks()
-    after = (
-        model.predict(x, verbose=0),
-        model.ensemble_predict(x, seed=5, verbose=0),
-        model.ensemble_predict(x, seed=5, return_samples=True, verbose=0),
-    )
-    for ours, theirs in zip(after, before, strict=True):
-        assert_close(ours, theirs, 1e-6)
-    return model
-
-
-@pytest.mark.parametrize("sampling", ["parallel", "sequential"])
-def test_compact_ranks(sampling):
-    model = adaptive(sampling=sampling, alpha=6)
-    fit(model)
-    pattern, history = model.rank_pattern(), model.rank_history()
-    assert model.count_params() > 800  # Scores included.
-    compact_copy_of(model)
-    assert model.rank_pattern() == pattern
-    for path, layer in model.adapted_layers:
-        kept = pattern[path]
-        assert layer.lora_rank == kept
-        assert layer.lora_kernel_a.shape[1] == kept
-        assert layer.lora_lambda.shape == (kept,)
-        assert layer.lora_kernel_b.shape[0] == kept
-        assert layer.scaling == 1.5 or kept == 0
-        assert np.all(array(layer.lora_lambda) != 0)
-        assert all(f.trainable == (kept > 0) for f in layer.factors)
-    # first: (6 + 1 + 8) weights a triplet, second: (8 + 1 + 8).
-    adapters = 15 * pattern["first"] + 17 * pattern["second"]
-    frozen = 6 * 8 + 8 + 8 * 8 + 8
-    assert model.count_params() == adapters + frozen + 8 * 3 + 3
-    for path, ranks in history["ranks"].items():
-        np.testing.assert_array_equal(
-            model.rank_history()["ranks"][path], ranks
-        )
-    model.compact_ranks()  # Nothing is left to do.
-    assert model.rank_pattern() == pattern
-
-
-def test_training_goes_on_with_compact_ranks():
-    model = adaptive()
-    fit(model)
-    compact_copy_of(model)
-    values = [array(layer.lora_lambda) for _, layer in model.adapted_layers]
-    history = fit(model, epochs=8)
-    assert history["loss"][-1] < history["loss"][0]
-    assert history["budget"] == [4] * 8
-    assert history["orthogonal_penalty"][-1] < history["orthogonal_penalty"][0]
-    for old, (_, layer) in zip(values, model.adapted_layers, strict=True):
-        assert layer.lora_lambda.shape == old.shape
-        assert np.all(array(layer.lora_lambda) != 0)
-        assert np.any(array(layer.lora_lambda) != old)
-
-
-def test_compact_ranks_before_the_last_choice_ends_the_schedule():
-    model = adaptive(kld.RankBudget(2, total_steps=40))
-    fit(model, epochs=2)
-    pattern = model.rank_pattern()
-    assert 4 < sum(pattern.values()) < 8
-    compact_copy_of(model)
-    fit(model)
-    assert model.rank_pattern() == pattern
-
-
-def test_compact_ranks_of_a_layer_that_kept_none():
-    model = adaptive(kld.RankBudget(1, total_steps=20))
-    fit(model)
-    model.rank_allocator.rank_mask.assign([0] * 4 + [1, 0, 1, 0])
-    model.rank_allocator.prune()
-    assert model.rank_pattern() == {"first": 0, "second": 2}
-    compact_copy_of(model)
-    assert model.rank_pattern() == {"first": 0, "second": 2}
-    first = model.get_layer("first")
-    assert first.lora_kernel_a.shape == (6, 0)
-    fit(model, epochs=2)
-    # Its configuration gives the same layer again.
-    copy = kld.AdaLoRADropoutDense.from_config(first.get_config())
-    copy.build((None, 6))
-    copy.set_weights(first.get_weights())
-    x, _ = classification_data()
-    assert_close(copy(x, training=True), first(x, training=True))
-    assert copy.get_config() == first.get_config()
-
-
-def test_compact_ranks_down_to_nothing():
-    model = adaptive(kld.RankBudget(0))
-    fit(model)
-    assert model.rank_pattern() == {"first": 0, "second": 0}
-    compact_copy_of(model)
-    assert fit(model, epochs=1)["orthogonal_penalty"] == [0.0]
-
-
-def test_configuration_of_a_compact_layer_keeps_its_scaling():
-    layer = kld.AdaLoRADropoutDense(5, rank=4, alpha=6)
-    layer.build((None, 7))
-    layer.keep_triplets([True, False, True, True])
-    copy = kld.AdaLoRADropoutDense.from_config(layer.get_config())
-    assert copy.lora_rank == 3
-    assert copy.scaling == layer.scaling == 1.5
-
-
 def test_models_without_a_budget():
     model = kld.enable_lora_dropout(tiny_mlp(), rank=3)
     assert model.rank_pattern() == {"first": 3, "second": 3}
@@ -427,7 +297,7 @@ def test_hand_built_model_with_ranks_of_its_own():
     pattern = model.rank_pattern()
     assert list(pattern) == ["hidden_0", "hidden_1", "hidden_2"]
     assert sum(pattern.values()) == 6
-    compact_copy_of(model)
+    assert_compact_copy_agrees(model)
 
 
 @pytest.mark.parametrize(
@@ -465,14 +335,16 @@ class Subclassed(kld.LoRADropoutModel):
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.hidden = kld.AdaLoRADropoutDense(8, "tanh", rank=4, seed=0)
+        self.hidden = kld.AdaLoRADropoutDense(
+            8, "tanh", rank=4, seed=0, name="hidden"
+        )
         self.head = keras.layers.Dense(3)
 
     def call(self, inputs):
         return self.head(self.hidden(inputs))
 
 
-def test_subclassed_model():
+def test_subclassed_model(tmp_path):
     model = Subclassed(num_samples=2, rank_budget=kld.RankBudget(2), seed=0)
     model.compile(keras.optimizers.Adam(0.05), LOSS)
     if BACKEND == "tensorflow":  # It builds models inside the first step.
@@ -481,7 +353,14 @@ def test_subclassed_model():
         model(classification_data()[0])
     fit(model)
     assert list(model.rank_pattern().values()) == [2]
-    compact_copy_of(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded = Subclassed(num_samples=2, rank_budget=kld.RankBudget(2))
+    x, _ = classification_data()
+    loaded(x)
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    assert loaded.rank_pattern() == model.rank_pattern()
+    assert_close(loaded(x), model(x))
+    assert_compact_copy_agrees(model)
 
 
 def test_unbuilt_model_in_train_on_batch():

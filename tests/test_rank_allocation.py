@@ -5,179 +5,20 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-import reference
 import reference_adalora
+from adaptive_models import LOSS
+from adaptive_models import PHASES
+from adaptive_models import TOTAL
+from adaptive_models import adaptive_mlp
+from adaptive_models import budget_of
+from adaptive_models import kept_triplets
+from adaptive_models import singular_values
 from helpers import BACKEND
 from helpers import array
 from helpers import assert_close
 from helpers import classification_data
-from helpers import set_random
-from helpers import tiny_mlp
-from keras import ops
 
 import keras_lora_dropout as kld
-from keras_lora_dropout.core import masks
-
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-# Two warm-up steps, three final ones, a choice every second step of 16.
-PHASES = (2, 3, 2, 16)
-TOTAL = PHASES[-1]
-# The triplets that the reference keeps at the end, on whatever backend.
-FINAL = {"batch": [1, 2, 4, 5], "example": [0, 2, 4, 5]}
-
-
-def budget_of(phases=PHASES, target_rank=2, **options):
-    warmup, final, interval, total = phases
-    return kld.RankBudget(
-        target_rank,
-        warmup_steps=warmup,
-        final_steps=final,
-        mask_interval=interval,
-        total_steps=total,
-        **options,
-    )
-
-
-def adaptive_mlp(budget=None, optimizer=None, rank=4, **options):
-    """An adapted MLP whose first and second layer have 4 triplets each.
-
-    Its weights are the same on every backend.
-    """
-    model = tiny_mlp()
-    set_random(model.weights, 7)
-    model = kld.enable_lora_dropout(
-        model,
-        **{
-            "rank": rank,
-            "rank_budget": budget or budget_of(),
-            "num_samples": 2,
-            "seed": 3,
-            **options,
-        },
-    )
-    for seed, (_, layer) in enumerate(model.adapted_layers):
-        set_random(layer.factors, seed)
-    model.compile(optimizer or keras.optimizers.SGD(0.1), LOSS)
-    return model
-
-
-def singular_values(model):
-    return [array(layer.lora_lambda) for _, layer in model.adapted_layers]
-
-
-def kept_triplets(model):
-    """A boolean array over all triplets: which are kept."""
-    return array(model.rank_allocator.rank_mask) > 0
-
-
-def constant_draws(monkeypatch):
-    """Let every step use the same draws, on every backend the same."""
-
-    def draw(shape, seed):
-        values = np.random.default_rng(5).uniform(size=shape)
-        return ops.convert_to_tensor(values.astype("float32"))
-
-    monkeypatch.setattr(masks, "draw_uniform", draw)
-    return lambda shape: np.random.default_rng(5).uniform(size=shape)
-
-
-def reference_run(model, penalty, learning_rate=0.1):
-    layers = [layer for _, layer in model.adapted_layers]
-    head = model.get_layer("head")
-    network = reference.Network(
-        [
-            reference.AdaptedDense(
-                array(lyr.kernel), array(lyr.bias), None, None, lyr.scaling
-            )
-            for lyr in layers
-        ],
-        array(head.kernel).copy(),
-        array(head.bias).copy(),
-    )
-    return reference_adalora.Run(
-        network,
-        [[array(factor).copy() for factor in lyr.factors] for lyr in layers],
-        PHASES,
-        target=4,
-        learning_rate=learning_rate,
-        penalty=penalty,
-    )
-
-
-def mask_instances(model, draws):
-    """Masks of `reference.Network`, from draws `(N, groups, columns)`."""
-    instances = []
-    for values in reference.bernoulli(draws, 0.5):
-        pairs, start = [], 0
-        for _, layer in model.adapted_layers:
-            middle = start + layer.mask_sizes[0]
-            stop = start + layer.mask_width
-            pairs.append((values[:, start:middle], values[:, middle:stop]))
-            start = stop
-        instances.append(pairs)
-    return instances
-
-
-@pytest.mark.parametrize("sampling", ["parallel", "sequential"])
-@pytest.mark.parametrize("mask_sharing", ["batch", "example"])
-def test_a_whole_run_agrees_with_the_reference(
-    monkeypatch, sampling, mask_sharing
-):
-    """Loss, penalty, every weight and the kept ranks, after each step.
-
-    Initial weights, masks and data are the same on every backend, and so are
-    the ranks that are kept at the end.
-    """
-    draw = constant_draws(monkeypatch)
-    model = adaptive_mlp(
-        budget_of(orthogonal_penalty=0.01),
-        sampling=sampling,
-        mask_sharing=mask_sharing,
-    )
-    x, y = classification_data(8)
-    groups = len(x) if mask_sharing == "example" else 1
-    instances = mask_instances(
-        model, draw((2, groups, model.mask_plan.width)).astype("float32")
-    )
-    run = reference_run(model, penalty=0.01)
-    head = model.get_layer("head")
-    budgets = []
-    for _ in range(TOTAL + 2):
-        logs = model.train_on_batch(x, y, return_dict=True)
-        loss, penalty = run.train_step(x, y, instances, reference.cross_entropy)
-        assert_close(logs["loss"], loss, 1e-4)
-        assert_close(logs["orthogonal_penalty"], penalty, 1e-4)
-        kept = np.concatenate(run.kept)
-        np.testing.assert_array_equal(kept_triplets(model), kept)
-        assert logs["budget"] == kept.sum()
-        for (_, layer), expected in zip(
-            model.adapted_layers, run.layers, strict=True
-        ):
-            for factor, value in zip(layer.factors, expected, strict=True):
-                assert_close(factor, value, 1e-4)
-        assert_close(head.kernel, run.network.head_kernel, 1e-4)
-        budgets.append(int(kept.sum()))
-    assert budgets == [8] * 3 + [6] * 2 + [5] * 2 + [4] * 11
-    assert list(np.flatnonzero(kept_triplets(model))) == FINAL[mask_sharing]
-
-
-def test_importance_uses_the_gradients_of_all_instances(monkeypatch):
-    """The state after one step is that of the mean over N, not of the last."""
-    constant_draws(monkeypatch)
-    x, y = classification_data(8)
-
-    def state(sampling):
-        model = adaptive_mlp(num_samples=3, sampling=sampling)
-        model.train_on_batch(x, y)
-        allocator = model.rank_allocator
-        return [*allocator.smoothed_sensitivity, *allocator.uncertainty]
-
-    for ours, theirs in zip(
-        state("parallel"), state("sequential"), strict=True
-    ):
-        assert np.abs(array(ours)).max() > 1e-4
-        assert_close(ours, theirs, 1e-6)
-
 
 EDGES = {
     "plain": (PHASES, 4, 2),

@@ -1,21 +1,18 @@
 """The methods that a model gains with LoRA Dropout."""
 
-import contextlib
 import dataclasses
 import functools
 import random
 
 import keras
-import numpy as np
 
 from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
+from keras_lora_dropout.conversion.ensembles import EnsembleMethods
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import unlocked
-from keras_lora_dropout.inference.ensemble import EnsembleRequest
 from keras_lora_dropout.inference.ensemble import ensemble_outputs
-from keras_lora_dropout.inference.probabilities import output_links
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.training.backend import NSampleTrainStep
 from keras_lora_dropout.training.backend import state_kept
@@ -45,7 +42,7 @@ class SamplingSettings:
         validation.word("sampling", self.sampling, validation.SAMPLINGS)
 
 
-class AdaptedModel(AdaptiveRank, NSampleTrainStep):
+class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
     """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
 
     It is mixed in front of a Keras model class. `fit` minimises the N-sample
@@ -54,21 +51,17 @@ class AdaptedModel(AdaptiveRank, NSampleTrainStep):
     """
 
     lora_dropout = None  # SamplingSettings, set by `_start_sampling`.
-    _request = None  # EnsembleRequest while an ensemble is computed.
 
     def _start_sampling(self, settings, seed):
         """Give the model its settings and its random state."""
         streams = random.Random(validation.seed(seed))
         self.lora_dropout = settings
-        self._ensemble_state = _EnsembleState(streams)
         self._mask_plan = None
         with unlocked(self):
             self.mask_seed_generator = keras.random.SeedGenerator(
                 streams.randrange(validation.MAX_SEED)
             )
-            self.ensemble_seed_generator = masks.FixedSeedGenerator(
-                streams.randrange(validation.MAX_SEED)
-            )
+            self._start_ensembles(streams)
 
     def __call__(self, *args, **kwargs):
         # A `call` without `training` does not learn of it; its layers do.
@@ -146,10 +139,12 @@ class AdaptedModel(AdaptiveRank, NSampleTrainStep):
         refuse_copy(self)
 
     def save_own_variables(self, store):
+        self._find_allocator()
         super().save_own_variables(store)
         store[_RANDOM_STATE] = self.mask_seed_generator.state
 
     def load_own_variables(self, store):
+        self._find_allocator()
         # Keras counts the entries of weights alone.
         super().load_own_variables(
             {key: store[key] for key in store.keys() if key != _RANDOM_STATE}
@@ -186,168 +181,6 @@ class AdaptedModel(AdaptiveRank, NSampleTrainStep):
         with state_kept(self):
             return super().predict(*args, **kwargs)
 
-    def ensemble_predict(
-        self,
-        x,
-        batch_size=None,
-        *,
-        num_samples=None,
-        seed=None,
-        average="output",
-        return_samples=False,
-        verbose="auto",
-        steps=None,
-        callbacks=None,
-    ):
-        """Predict with the average of N mask instances.
-
-        The N instances are drawn once for the whole call, so that the result
-        for an example depends neither on the batch size nor on the order or
-        the other examples.
-
-        Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 8.
-
-        Args:
-            x: Inputs, whatever `predict` accepts; raw strings for a KerasHub
-                task with a preprocessor.
-            batch_size: Integer or `None`, as in `predict`. With
-                `sampling="parallel"`, `num_samples * batch_size` rows are in
-                memory at once.
-            num_samples: Positive integer or `None` for the model's own N.
-            seed: Integer or `None`. The same seed gives the same instances;
-                `None` draws new ones at each call.
-            average: `"output"` averages what the model puts out;
-                `"probability"` applies softmax or sigmoid first, as the
-                compiled loss says (softmax, or sigmoid for a single unit, if
-                there is no such loss), unless the outputs already are
-                probabilities.
-            return_samples: Boolean. Whether to return the N outputs instead
-                of their mean.
-            verbose, steps, callbacks: As in `predict`.
-
-        Returns:
-            NumPy array(s) as from `predict`, with a leading axis of
-            `num_samples` if `return_samples`.
-
-        Raises:
-            ValueError: If `x` is empty or an argument is out of range.
-        """
-        validation.not_empty("x", x)
-        validation.boolean("return_samples", return_samples)
-        request = self._ensemble_request(num_samples, average, return_samples)
-        with self._as_ensemble(request, seed):
-            outputs = self.predict(
-                x,
-                batch_size=batch_size,
-                verbose=verbose,
-                steps=steps,
-                callbacks=callbacks,
-            )
-        if return_samples:
-            return keras.tree.map_structure(
-                lambda leaf: np.moveaxis(leaf, 1, 0), outputs
-            )
-        return outputs
-
-    def ensemble_evaluate(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        *,
-        sample_weight=None,
-        num_samples=None,
-        seed=None,
-        average="output",
-        verbose="auto",
-        steps=None,
-        callbacks=None,
-        return_dict=False,
-    ):
-        """Compute the compiled loss and metrics on the ensemble's output.
-
-        Args:
-            x, y, batch_size, sample_weight: Data, as in `evaluate`.
-            num_samples, seed, average: As in `ensemble_predict`. Averaged
-                probabilities of a model with logits are turned back into
-                logits, so that its loss and metrics keep their meaning.
-            verbose, steps, callbacks, return_dict: As in `evaluate`.
-
-        Returns:
-            As `evaluate`.
-
-        Raises:
-            ValueError: If `x` is empty or an argument is out of range.
-        """
-        validation.not_empty("x", x)
-        request = self._ensemble_request(num_samples, average)
-        request = dataclasses.replace(request, as_outputs=True)
-        with self._as_ensemble(request, seed):
-            return self.evaluate(
-                x,
-                y,
-                batch_size=batch_size,
-                sample_weight=sample_weight,
-                verbose=verbose,
-                steps=steps,
-                callbacks=callbacks,
-                return_dict=return_dict,
-            )
-
-    def _ensemble_request(self, num_samples, average, return_samples=False):
-        if num_samples is None:
-            num_samples = self.lora_dropout.num_samples
-        validation.word("average", average, validation.AVERAGES)
-        return EnsembleRequest(
-            num_samples=validation.positive_integer("num_samples", num_samples),
-            return_samples=return_samples,
-            links=output_links(self) if average == "probability" else None,
-        )
-
-    @contextlib.contextmanager
-    def _as_ensemble(self, request, seed):
-        """Let `predict` and `evaluate` compute the ensemble's outputs.
-
-        Keras keeps one compiled function each; those of the ensemble are kept
-        apart and put in their place for the duration.
-        """
-        state = self._ensemble_state
-        seed = validation.seed(seed)
-        if seed is None:
-            seed = state.random.randrange(validation.MAX_SEED)
-        self.ensemble_seed_generator.set(seed)
-        plain = self.predict_function, self.test_function
-        self.predict_function, self.test_function = state.functions(
-            request, self._compilation()
-        )
-        self._request = request
-        # JAX keeps one trace for all bound methods that are equal.
-        self.test_step = functools.partial(type(self).test_step, self)
-        try:
-            yield
-        finally:
-            state.keep(
-                request,
-                self._compilation(),
-                (self.predict_function, self.test_function),
-            )
-            self._request = None
-            del self.test_step
-            self.predict_function, self.test_function = plain
-
-    def _compilation(self):
-        """What a compiled function depends on besides the request.
-
-        Each `compile` makes a new loss tracker, the first of the metrics.
-        """
-        tracker = self.metrics[0] if self.compiled else None
-        return (
-            tracker,
-            self.jit_compile,
-            self.run_eagerly,
-            self.steps_per_execution,
-        )
-
 
 def refuse_copy(model, *args, **kwargs):
     """Raise `ValueError`: a copy by configuration would lose the adapters."""
@@ -359,28 +192,6 @@ def refuse_copy(model, *args, **kwargs):
         "`copy.set_weights(model.get_weights())`. To store it, use "
         "`save_weights` and `load_weights`."
     )
-
-
-class _EnsembleState:
-    """Compiled ensemble functions, and the source of seeds not given."""
-
-    def __init__(self, random_source):
-        self.random = random_source
-        self._functions = {}
-
-    def functions(self, request, compilation):
-        """Return the `(predict, test)` functions kept, or `(None, None)`."""
-        known, functions = self._functions.get(request, (None, (None, None)))
-        return functions if known == compilation else (None, None)
-
-    def keep(self, request, compilation, functions):
-        """Keep functions; those of an earlier compilation are dropped."""
-        self._functions = {
-            key: entry
-            for key, entry in self._functions.items()
-            if entry[0] == compilation
-        }
-        self._functions[request] = compilation, functions
 
 
 def with_instances(call):
