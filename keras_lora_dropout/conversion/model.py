@@ -152,6 +152,16 @@ class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
         if _RANDOM_STATE in store.keys():
             self.mask_seed_generator.state.assign(store[_RANDOM_STATE])
 
+    def load_weights(self, *args, **kwargs):
+        """As `keras.Model.load_weights`; a compiled model can train on.
+
+        Keras leaves the optimizer's state out if the optimizer has not taken a
+        step yet; here it is built first.
+        """
+        if self.built and self.compiled and not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
+        return super().load_weights(*args, **kwargs)
+
     def _forget_compiled_state(self):
         """Drop what was compiled for the model as it was before."""
         self.train_function = None
