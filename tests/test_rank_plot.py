@@ -123,6 +123,7 @@ def test_more_ranks_are_darker_and_none_are_grey(most):
     distance = ticks[1] - ticks[0] if most else 1
     assert distance == 1 or most > 12
     assert list(ticks) == list(range(0, most + 1, distance))
+    assert_apart(mesh.colorbar.ax.get_yticklabels())
     assert mesh.colorbar.ax.get_ylabel() == "kept ranks"
 
 
@@ -162,8 +163,13 @@ def range_from_one(count):
             ],
         ),
         (
-            ["stage_0/block_0/a", "stage_0/block_0/b", "stage_0/block_1/a"],
-            [("block_0", "a"), ("block_0", "b"), (None, "block_1/a")],
+            ["s_0/block_0/a", "s_0/block_0/b", "s_0/block_1/a", "s_1/a"],
+            [
+                ("s_0/block_0", "a"),
+                ("s_0/block_0", "b"),
+                (None, "s_0/block_1/a"),
+                (None, "s_1/a"),
+            ],
         ),
         (
             ["left/up", "left/down", "right/up", "right/down"],

@@ -62,7 +62,8 @@ class RankBudget:
         orthogonal_form: `"squared_norms"`: the penalty is the sum over all
             layers of `||P.T P - I||**2 + ||Q Q.T - I||**2` (Frobenius norms),
             as in the paper. `"mean_norm"`: the mean over all P and Q of the
-            norms, not squared, as in PEFT.
+            norms, not squared, as in PEFT. At the same weight the sum pulls
+            far harder, by a factor that grows with the number of layers.
 
     Raises:
         TypeError: If an argument has a type that is not listed.
