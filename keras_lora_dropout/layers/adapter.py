@@ -17,11 +17,11 @@ _RANDOM_STATE = "seed_generator_state"
 class LoRADropoutAdapter:
     """Mixin that gives a linear Keras layer a LoRA Dropout adapter.
 
-    A concrete layer is put together from three parts. `layers/linear.py` says
-    what kernel it has: its axes (`_factor_axes`) and its own product
-    (`_frozen_product`). A factorization says how its delta is written: which
-    weights it has (`factor_names`, `_create_factors`) and which two factors
-    they make (`_factor_pair`). The rest, here, is the same for all.
+    A concrete layer adds two parts. `layers/linear.py` says what kernel it has:
+    its axes (`_factor_axes`) and its own product (`_frozen_product`). A
+    factorization says how its delta is written: which weights it has
+    (`factor_names`, `_create_factors`) and which two factors they make
+    (`_factor_pair`). The rest, here, is the same for all.
     """
 
     factor_names: tuple[str, ...] = ()
