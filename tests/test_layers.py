@@ -228,6 +228,12 @@ def test_config_round_trip(case):
     np.testing.assert_array_equal(outputs[0], outputs[2])
 
 
+def test_configuration_without_the_adapter_gives_its_defaults(case):
+    config = case.make(case.plain).get_config()
+    layer = case.adapted.from_config(config)
+    assert (layer.lora_rank, layer.dropout_rate) == (8, 0.5)
+
+
 def test_default_config(case):
     layer = case.make(case.adapted)
     config = layer.get_config()

@@ -29,10 +29,11 @@ class AdaLoRAFactors:
 
     @classmethod
     def from_config(cls, config):
-        # Rank 0 is what `keep_triplets` may leave, but no setting for users.
-        rank = config["rank"]
-        layer = super().from_config({**config, "rank": max(rank, 1)})
-        layer.lora_rank = rank
+        if config.get("rank") != 0:
+            return super().from_config(config)
+        # What `keep_triplets` may leave, but no setting for users.
+        layer = super().from_config({**config, "rank": 1})
+        layer.lora_rank = 0
         return layer
 
     def _create_factors(self, axes, streams):
