@@ -10,6 +10,7 @@ import numpy as np
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.inference.ensemble import EnsembleRequest
+from keras_lora_dropout.inference.ensemble import ensemble_draws
 from keras_lora_dropout.inference.probabilities import output_links
 
 
@@ -143,6 +144,22 @@ class EnsembleMethods:
             links=output_links(self) if average == "probability" else None,
         )
 
+    def _set_ensemble_seed(self, seed):
+        """Set the seed of the instances; `None` takes a new one."""
+        seed = validation.seed(seed)
+        if seed is None:
+            seed = self._ensemble_state.random.randrange(validation.MAX_SEED)
+        self.ensemble_seed_generator.set(seed)
+
+    def _instances(self, num_samples, seed):
+        """Return the `Draws` of the instances of `ensemble_predict`."""
+        if num_samples is None:
+            num_samples = self.lora_dropout.num_samples
+        count = validation.positive_integer("num_samples", num_samples)
+        plan = self.mask_plan
+        self._set_ensemble_seed(seed)
+        return masks.Draws(plan, ensemble_draws(self, count))
+
     @contextlib.contextmanager
     def _as_ensemble(self, request, seed):
         """Let `predict` and `evaluate` compute the ensemble's outputs.
@@ -151,10 +168,7 @@ class EnsembleMethods:
         apart and put in their place for the duration.
         """
         state = self._ensemble_state
-        seed = validation.seed(seed)
-        if seed is None:
-            seed = state.random.randrange(validation.MAX_SEED)
-        self.ensemble_seed_generator.set(seed)
+        self._set_ensemble_seed(seed)
         plain = self.predict_function, self.test_function
         self.predict_function, self.test_function = state.functions(
             request, self._compilation()

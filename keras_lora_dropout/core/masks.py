@@ -12,6 +12,7 @@ import functools
 import threading
 
 import keras
+import numpy as np
 from keras import ops
 
 _state = threading.local()
@@ -68,6 +69,17 @@ class Draws:
     def covers(self, layer):
         """Whether the layer is one of the model's adapted layers."""
         return id(layer) in self.columns
+
+    def masks_of(self, layer):
+        """Return the 0/1 masks of a layer as NumPy arrays.
+
+        Returns:
+            Tuple of `mask_a (groups, in)` and `mask_b (groups, out)`, float32.
+        """
+        draws = ops.convert_to_numpy(self.of(layer))
+        keep = (draws >= np.float32(layer.dropout_rate)).astype("float32")
+        input_dim = layer.mask_sizes[0]
+        return keep[:, :input_dim], keep[:, input_dim:]
 
     def of(self, layer):
         """Return the layer's draws `(groups, width)`; `None` for no masks."""

@@ -30,6 +30,17 @@ class EnsembleRequest:
     as_outputs: bool = False
 
 
+def ensemble_draws(model, count):
+    """Draw the `count` instances of the model's ensemble seed.
+
+    Returns:
+        Tensor of shape `(count, model.mask_plan.width)`.
+    """
+    return masks.draw_uniform(
+        (count, model.mask_plan.width), model.ensemble_seed_generator
+    )
+
+
 def ensemble_outputs(model, call, request, args, kwargs):
     """Run a forward pass of the model under N mask instances.
 
@@ -47,9 +58,7 @@ def ensemble_outputs(model, call, request, args, kwargs):
         The outputs averaged over the instances, or stacked along axis 1.
     """
     count, plan = request.num_samples, model.mask_plan
-    values = masks.draw_uniform(
-        (count, plan.width), model.ensemble_seed_generator
-    )
+    values = ensemble_draws(model, count)
 
     def run(args, kwargs, values, rows):
         with masks.use_draws(masks.Draws(plan, values, rows)):

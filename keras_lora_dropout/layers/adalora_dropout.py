@@ -4,7 +4,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.layers.adapt import adapts
 from keras_lora_dropout.layers.adapter import next_seed
 from keras_lora_dropout.layers.linear import AdaptedDense
@@ -27,45 +26,16 @@ class AdaLoRAFactors:
         "lora_kernel_b",
     )
 
-    @classmethod
-    def from_config(cls, config):
-        if config.get("rank") != 0:
-            return super().from_config(config)
-        # What `keep_triplets` may leave, but no setting for users.
-        layer = super().from_config({**config, "rank": 1})
-        layer.lora_rank = 0
-        return layer
-
-    def _create_factors(self, axes, streams):
-        self._set_factors(
+    def _initial_factors(self, streams):
+        return (
             keras.initializers.RandomNormal(0.0, _STDDEV, next_seed(streams)),
-            keras.initializers.Zeros(),
+            "zeros",
             keras.initializers.RandomNormal(0.0, _STDDEV, next_seed(streams)),
-            axes,
         )
 
-    def _set_factors(self, lora_kernel_a, lora_lambda, lora_kernel_b, axes):
-        """Create the weights from three initializers."""
+    def _factor_shapes(self, axes):
         rank = self.lora_rank
-        options = {"dtype": "float32", "trainable": rank > 0}
-        self.lora_kernel_a = self.add_weight(
-            name="lora_kernel_a",
-            shape=(axes.input_dim, rank),
-            initializer=lora_kernel_a,
-            **options,
-        )
-        self.lora_lambda = self.add_weight(
-            name="lora_lambda",
-            shape=(rank,),
-            initializer=lora_lambda,
-            **options,
-        )
-        self.lora_kernel_b = self.add_weight(
-            name="lora_kernel_b",
-            shape=(rank, axes.output_dim),
-            initializer=lora_kernel_b,
-            **options,
-        )
+        return (axes.input_dim, rank), (rank,), (rank, axes.output_dim)
 
     def _factor_pair(self, lora_kernel_a, lora_lambda, lora_kernel_b):
         return lora_kernel_a, ops.expand_dims(lora_lambda, 1) * lora_kernel_b
@@ -80,21 +50,11 @@ class AdaLoRAFactors:
             kept: Boolean array of shape `(rank,)`.
         """
         kept = np.flatnonzero(kept)
-        values = [ops.convert_to_numpy(factor) for factor in self.factors]
-        trainable = [factor.trainable for factor in self.factors]
-        values = values[0][:, kept], values[1][kept], values[2][kept]
+        a, lam, b = (ops.convert_to_numpy(factor) for factor in self.factors)
+        alpha = self.lora_alpha
         if len(kept):
-            self.lora_alpha = self.lora_alpha * len(kept) / self.lora_rank
-        self.lora_rank = len(kept)
-        with unlocked(self):
-            for name in self.factor_names:
-                delattr(self, name)
-            self._set_factors("zeros", "zeros", "zeros", self._axes)
-        for factor, value, trains in zip(
-            self.factors, values, trainable, strict=True
-        ):
-            factor.assign(value)
-            factor.trainable = trains and factor.trainable
+            alpha = alpha * len(kept) / self.lora_rank
+        self.replace_factors((a[:, kept], lam[kept], b[kept]), alpha)
 
 
 @adapts(keras.layers.Dense, adaptive=True)

@@ -20,11 +20,20 @@ class LoRADropoutAdapter:
     A concrete layer adds two parts. `layers/linear.py` says what kernel it has:
     its axes (`_factor_axes`) and its own product (`_frozen_product`). A
     factorization says how its delta is written: which weights it has
-    (`factor_names`, `_create_factors`) and which two factors they make
-    (`_factor_pair`). The rest, here, is the same for all.
+    (`factor_names`, `_factor_shapes`, `_initial_factors`) and which two factors
+    they make (`_factor_pair`). The rest, here, is the same for all.
     """
 
     factor_names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_config(cls, config):
+        if config.get("rank") != 0:
+            return super().from_config(config)
+        # What `replace_factors` may leave, but no setting for users.
+        layer = super().from_config({**config, "rank": 1})
+        layer.lora_rank = 0
+        return layer
 
     def _set_adapter_settings(self, rank, alpha, dropout_rate, rescale, seed):
         self.lora_rank = validation.positive_integer("rank", rank)
@@ -58,11 +67,51 @@ class LoRADropoutAdapter:
         """Freeze the kernel and create the factors next to it."""
         axes = self._factor_axes(tuple(self._kernel.shape))
         streams = random.Random(self.seed)  # one seed, independent streams
+        self._create_factors(axes, self._initial_factors(streams))
         with unlocked(self):
-            self._create_factors(axes, streams)
             self.seed_generator = keras.random.SeedGenerator(next_seed(streams))
         self._axes = axes
         self._kernel.trainable = False
+
+    def _create_factors(self, axes, initializers):
+        """Create the weights of the factors, one initializer each."""
+        shapes = self._factor_shapes(axes)
+        with unlocked(self):
+            for name, shape, initializer in zip(
+                self.factor_names, shapes, initializers, strict=True
+            ):
+                weight = self.add_weight(
+                    name=name,
+                    shape=shape,
+                    initializer=initializer,
+                    dtype="float32",
+                    trainable=self.lora_rank > 0,
+                )
+                setattr(self, name, weight)
+
+    def replace_factors(self, values, alpha):
+        """Give the adapter other factors, of any rank, in place.
+
+        The weights stay the same objects if the rank does. With rank 0 the
+        layer computes its kernel's product alone, and nothing of it trains.
+
+        Args:
+            values: Arrays in the order of `factor_names`, such as
+                `(input_dim, rank)` and `(rank, output_dim)`.
+            alpha: Positive number. Strength, so that `scaling = alpha / rank`.
+        """
+        rank = values[-1].shape[0]
+        self.lora_alpha = float(alpha)
+        if rank != self.lora_rank:
+            trainable = [factor.trainable for factor in self.factors]
+            for name in self.factor_names:
+                delattr(self, name)
+            self.lora_rank = rank
+            self._create_factors(self._axes, ["zeros"] * len(values))
+            for factor, trains in zip(self.factors, trainable, strict=True):
+                factor.trainable = trains and factor.trainable
+        for factor, value in zip(self.factors, values, strict=True):
+            factor.assign(value)
 
     @property
     def trainable(self):

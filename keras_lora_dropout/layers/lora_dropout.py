@@ -13,18 +13,13 @@ class LoRAFactors:
 
     factor_names: tuple[str, ...] = ("lora_kernel_a", "lora_kernel_b")
 
-    def _create_factors(self, axes, streams):
-        self.lora_kernel_a = self.add_weight(
-            name="lora_kernel_a",
-            shape=(axes.input_dim, self.lora_rank),
-            initializer=keras.initializers.HeUniform(next_seed(streams)),
-            dtype="float32",
-        )
-        self.lora_kernel_b = self.add_weight(
-            name="lora_kernel_b",
-            shape=(self.lora_rank, axes.output_dim),
-            initializer="zeros",
-            dtype="float32",
+    def _initial_factors(self, streams):
+        return keras.initializers.HeUniform(next_seed(streams)), "zeros"
+
+    def _factor_shapes(self, axes):
+        return (axes.input_dim, self.lora_rank), (
+            self.lora_rank,
+            axes.output_dim,
         )
 
     def _factor_pair(self, lora_kernel_a, lora_kernel_b):
