@@ -1,9 +1,6 @@
 """What a model gains with a `RankBudget`: ranks that adapt while it trains."""
 
-import inspect
 import logging
-
-import keras
 
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.core.rank_budget import check_rank_budget
@@ -42,16 +39,35 @@ class AdaptiveRank:
         adapted = self.adapted_layers
         if not adapted or not all(layer.built for _, layer in adapted):
             return
-        adaptive = [
+        self._check_layers(self._adaptive_layers())
+        self._add_allocator()
+
+    def _adaptive_layers(self):
+        return [
             (path, layer)
-            for path, layer in adapted
+            for path, layer in self.adapted_layers
             if isinstance(layer, AdaLoRAFactors)
         ]
-        self._check_layers(adaptive)
+
+    def _add_allocator(self, record=None):
         with unlocked(self):
             self.rank_allocator = RankAllocator(
-                self, adaptive, self.rank_budget
+                self, self._adaptive_layers(), self.rank_budget, record
             )
+
+    def _replace_allocation(self, budget, record):
+        """Start another budget; with a `record`, one that is compact already.
+
+        Args:
+            budget: `RankBudget` or `None`.
+            record: `None`, or what `RankAllocator.record_as_data` returned.
+        """
+        if self.rank_allocator is not None:
+            self.rank_allocator.forget(self)
+        self.rank_allocator = None
+        self.rank_budget = budget
+        if budget is not None:
+            self._add_allocator(record)
 
     def _check_layers(self, adaptive):
         if not adaptive:
@@ -82,11 +98,7 @@ class AdaptiveRank:
                 "the rank schedule of its layers. Call the model on a batch "
                 "of data first."
             )
-        fixed = [
-            path
-            for path, layer in self.adapted_layers
-            if isinstance(layer, AdaLoRAFactors)
-        ]
+        fixed = [path for path, _ in self._adaptive_layers()]
         if fixed:
             logger.warning(
                 "Model %r has AdaLoRA layers but no `rank_budget`: no rank "
@@ -162,13 +174,13 @@ class AdaptiveRank:
             )
         return self.rank_allocator
 
-    def fit(self, *args, **kwargs):
-        """As `keras.Model.fit`; the rank schedule starts with the first one."""
-        bound = inspect.signature(super().fit).bind(*args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments.update(arguments.pop("kwargs", {}))
-        arguments["callbacks"] = _with_schedule(arguments.get("callbacks"))
-        return super().fit(**arguments)
+    def _start_schedule(self, params):
+        """Start the schedule, now that `fit` knows how many steps it has."""
+        self._require_allocator("fit")
+        if self.rank_allocator is not None:
+            self.rank_allocator.start(
+                self.optimizer, params.get("epochs"), params.get("steps")
+            )
 
     def _prune(self):
         """Set what is pruned to zero, whatever changed it in the meantime."""
@@ -177,34 +189,9 @@ class AdaptiveRank:
 
     def train_on_batch(self, *args, **kwargs):
         """As `keras.Model.train_on_batch`, on the N-sample objective."""
+        self._check_enabled("train_on_batch")
         if self.train_function is None:
             self._require_allocator("train_on_batch")
         if self.rank_allocator is not None:
             self.rank_allocator.check_started()
         return super().train_on_batch(*args, **kwargs)
-
-
-class _StartSchedule(keras.callbacks.Callback):
-    """Starts the rank schedule once `fit` knows how many steps it has."""
-
-    def on_train_begin(self, logs=None):
-        self.model._require_allocator("fit")
-        if self.model.rank_allocator is not None:
-            self.model.rank_allocator.start(
-                self.model.optimizer,
-                self.params.get("epochs"),
-                self.params.get("steps"),
-            )
-
-
-def _with_schedule(callbacks):
-    """Add the callback last, after one that restores an interrupted run."""
-    start = _StartSchedule()
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return [*keras.tree.flatten(callbacks or []), start]
-    # `fit` takes such a list as it is, and does not set it up again.
-    if not any(isinstance(c, _StartSchedule) for c in callbacks.callbacks):
-        start.set_params(callbacks.params)
-        start.set_model(callbacks.model)
-        callbacks.callbacks.append(start)
-    return callbacks

@@ -1,23 +1,20 @@
 """`enable_lora_dropout`: select, check, rewrite, report."""
 
-import functools
 import logging
 import math
 import random
-import types
 
 import keras
 
+from keras_lora_dropout.conversion.converted_model import convert
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.conversion.model import SamplingSettings
-from keras_lora_dropout.conversion.model import refuse_copy
-from keras_lora_dropout.conversion.model import with_instances
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.targets import select_targets
 from keras_lora_dropout.conversion.targets import select_trainable
 from keras_lora_dropout.conversion.trainable import freeze
+from keras_lora_dropout.conversion.trainable import trainable_flags
 from keras_lora_dropout.core import validation
-from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.rank_budget import check_rank_budget
 from keras_lora_dropout.core.rank_budget import check_target
 from keras_lora_dropout.layers import adapt
@@ -135,16 +132,13 @@ def enable_lora_dropout(
         adapt.check_adaptable(layer, rank, f'layer "{path}"')
     trainable = select_trainable(model, trainable_layers)
 
+    plain_trainable = trainable_flags(model)
     for _, layer in targets:
         layer_seed = streams.randrange(validation.MAX_SEED)
         adapt.adapt(layer, seed=layer_seed, **adapter_settings)
     freeze(model, trainable)
-    if not isinstance(model, AdaptedModel):
-        model.__class__ = _adapted_class(type(model))
-    model._start_sampling(settings, streams.randrange(validation.MAX_SEED))
-    model._start_allocation(rank_budget)
-    _guard_containers(model)
-    model._forget_compiled_state()
+    seed = streams.randrange(validation.MAX_SEED)
+    convert(model, settings, seed, rank_budget, plain_trainable)
     _report(model)
     return model
 
@@ -182,38 +176,6 @@ def _check_model(model):
                 f'layer "{path}" has an adapter. It can be enabled once; start '
                 "from a fresh model to change the settings."
             )
-
-
-@functools.cache
-def _adapted_class(cls):
-    """A subclass of a model class with the methods of `AdaptedModel`."""
-    namespace = {
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-        "call": with_instances(cls.call),
-        # A converted class has no instances but converted ones; Keras calls
-        # it to clone one.
-        "__init__": _refuse_to_construct,
-    }
-    return type(f"LoRADropout{cls.__name__}", (AdaptedModel, cls), namespace)
-
-
-def _refuse_to_construct(self, *args, name="model", **kwargs):
-    refuse_copy(types.SimpleNamespace(name=name))
-
-
-def _guard_containers(model):
-    """Let no container of adapters be rebuilt from its own recipe.
-
-    A backbone's or block's configuration builds plain layers, so a copy or a
-    preset of it would lose the adapters without a word.
-    """
-    for layer in descendants(model):
-        is_adapter = isinstance(layer, LoRADropoutAdapter)
-        if not is_adapter and any(
-            isinstance(part, LoRADropoutAdapter) for part in descendants(layer)
-        ):
-            layer.get_config = functools.partial(refuse_copy, layer)
 
 
 def _report(model):

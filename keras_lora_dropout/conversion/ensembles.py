@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 
 import keras
 import numpy as np
@@ -12,6 +11,9 @@ from keras_lora_dropout.core import validation
 from keras_lora_dropout.inference.ensemble import EnsembleRequest
 from keras_lora_dropout.inference.ensemble import ensemble_draws
 from keras_lora_dropout.inference.probabilities import output_links
+
+# What Keras, and KerasHub's generating models, compile once and keep.
+COMPILED_FUNCTIONS = ("predict_function", "test_function", "generate_function")
 
 
 class EnsembleMethods:
@@ -162,31 +164,35 @@ class EnsembleMethods:
 
     @contextlib.contextmanager
     def _as_ensemble(self, request, seed):
-        """Let `predict` and `evaluate` compute the ensemble's outputs.
-
-        Keras keeps one compiled function each; those of the ensemble are kept
-        apart and put in their place for the duration.
-        """
-        state = self._ensemble_state
+        """Let `predict` and `evaluate` compute the ensemble's outputs."""
         self._set_ensemble_seed(seed)
-        plain = self.predict_function, self.test_function
-        self.predict_function, self.test_function = state.functions(
-            request, self._compilation()
-        )
-        self._request = request
-        # JAX keeps one trace for all bound methods that are equal.
-        self.test_step = functools.partial(type(self).test_step, self)
+        with self._functions_of((request, self._adapters_disabled)):
+            self._request = request
+            try:
+                yield
+            finally:
+                self._request = None
+
+    @contextlib.contextmanager
+    def _functions_of(self, key):
+        """Put compiled functions of another kind in the place of Keras's own.
+
+        Keras keeps one compiled function each; those for a `key` are kept apart
+        and put in their place for the duration.
+        """
+        names = [name for name in COMPILED_FUNCTIONS if hasattr(self, name)]
+        state = self._ensemble_state
+        plain = {name: getattr(self, name) for name in names}
+        kept = state.functions(key, self._compilation())
+        for name in names:
+            setattr(self, name, kept.get(name))
         try:
             yield
         finally:
-            state.keep(
-                request,
-                self._compilation(),
-                (self.predict_function, self.test_function),
-            )
-            self._request = None
-            del self.test_step
-            self.predict_function, self.test_function = plain
+            made = {name: getattr(self, name) for name in names}
+            state.keep(key, self._compilation(), made)
+            for name in names:
+                setattr(self, name, plain[name])
 
     def _compilation(self):
         """What a compiled function depends on besides the request.
@@ -203,22 +209,26 @@ class EnsembleMethods:
 
 
 class _EnsembleState:
-    """Compiled ensemble functions, and the source of seeds not given."""
+    """Compiled functions by what they compute, and seeds not given."""
 
     def __init__(self, random_source):
         self.random = random_source
         self._functions = {}
 
-    def functions(self, request, compilation):
-        """Return the `(predict, test)` functions kept, or `(None, None)`."""
-        known, functions = self._functions.get(request, (None, (None, None)))
-        return functions if known == compilation else (None, None)
+    def functions(self, key, compilation):
+        """Return the functions kept, by name; none of an older compilation."""
+        known, functions = self._functions.get(key, (None, {}))
+        return functions if known == compilation else {}
 
-    def keep(self, request, compilation, functions):
+    def forget(self):
+        """Drop all functions: the model is not what it was."""
+        self._functions.clear()
+
+    def keep(self, key, compilation, functions):
         """Keep functions; those of an earlier compilation are dropped."""
         self._functions = {
-            key: entry
-            for key, entry in self._functions.items()
+            other: entry
+            for other, entry in self._functions.items()
             if entry[0] == compilation
         }
-        self._functions[request] = compilation, functions
+        self._functions[key] = compilation, functions

@@ -4,11 +4,16 @@ import functools
 
 import keras
 
+from keras_lora_dropout.conversion.converted_model import attach
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.conversion.model import SamplingSettings
 from keras_lora_dropout.conversion.model import with_instances
+from keras_lora_dropout.conversion.plain import plain_recipe
+from keras_lora_dropout.conversion.recipe import RECIPE
+from keras_lora_dropout.conversion.recipe import recipe_of
 
 
+@keras.saving.register_keras_serializable("keras_lora_dropout")
 class LoRADropoutModel(AdaptedModel, keras.Model):
     """A `keras.Model` that trains and predicts with LoRA Dropout.
 
@@ -74,6 +79,50 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
         if "call" in vars(cls):
             cls.call = with_instances(cls.call)
 
+    def get_config(self):
+        """Return the recipe of a functional model and of its adapters.
+
+        A subclass with a `call` of its own keeps to Keras's rules: arguments of
+        its constructor are stored if they are plain, else it overrides
+        `get_config`.
+        """
+        if not _is_functional(self):
+            return super().get_config()
+        if self._plain_trainable is None:
+            model = plain_recipe(self, layers=False)
+        else:
+            model = plain_recipe(self)
+        return {"model": model, RECIPE: recipe_of(self)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Build the model of a recipe."""
+        if RECIPE not in config:
+            return super().from_config(config)
+        model = keras.saving.deserialize_keras_object(
+            config["model"], custom_objects
+        )
+        model.__class__ = _functional_class(cls)
+        return attach(model, config[RECIPE])
+
+    def get_build_config(self):
+        config = super().get_build_config()
+        if config is None or _is_functional(self):
+            return config
+        return {**config, RECIPE: recipe_of(self)}
+
+    def build_from_config(self, config):
+        recipe = config.get(RECIPE)
+        super().build_from_config(
+            {key: value for key, value in config.items() if key != RECIPE}
+        )
+        if recipe is not None and self.built:
+            attach(self, recipe)
+
+
+def _is_functional(model):
+    return model.plain_class() is not keras.Model
+
 
 @functools.cache
 def _functional_class(cls):
@@ -83,4 +132,11 @@ def _functional_class(cls):
     if issubclass(cls, functional):
         return cls
     namespace = {"__module__": cls.__module__, "call": functional.call}
-    return type(cls.__name__, (cls, functional), namespace)
+    made = type(cls.__name__, (cls, functional), namespace)
+    package, _, name = keras.saving.get_registered_name(cls).rpartition(">")
+    if package:
+        # A saved model names the class that the user knows.
+        register = keras.saving.register_keras_serializable(package, name)
+        register(made)
+        register(cls)
+    return made

@@ -2,22 +2,27 @@
 
 import dataclasses
 import functools
+import inspect
 import random
 
 import keras
 
+from keras_lora_dropout.conversion.adapters import Adapters
 from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
+from keras_lora_dropout.conversion.ensembles import COMPILED_FUNCTIONS
 from keras_lora_dropout.conversion.ensembles import EnsembleMethods
+from keras_lora_dropout.conversion.merging import Merging
+from keras_lora_dropout.conversion.run_callbacks import with_run_callbacks
+from keras_lora_dropout.conversion.saving import Saving
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.inference.ensemble import ensemble_outputs
+from keras_lora_dropout.layers.adapt import plain_class
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.training.backend import NSampleTrainStep
 from keras_lora_dropout.training.backend import state_kept
-
-_RANDOM_STATE = "mask_seed_generator_state"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,9 @@ class SamplingSettings:
         validation.word("sampling", self.sampling, validation.SAMPLINGS)
 
 
-class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
+class AdaptedModel(
+    Saving, Adapters, Merging, AdaptiveRank, EnsembleMethods, NSampleTrainStep
+):
     """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
 
     It is mixed in front of a Keras model class. `fit` minimises the N-sample
@@ -51,12 +58,19 @@ class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
     """
 
     lora_dropout = None  # SamplingSettings, set by `_start_sampling`.
+    _plain_trainable = None  # Set by `enable_lora_dropout`.
+
+    @classmethod
+    def plain_class(cls):
+        """Return the class of the plain model."""
+        return plain_class(cls, AdaptedModel)
 
     def _start_sampling(self, settings, seed):
         """Give the model its settings and its random state."""
         streams = random.Random(validation.seed(seed))
         self.lora_dropout = settings
         self._mask_plan = None
+        self._inactive_adapters = {}
         with unlocked(self):
             self.mask_seed_generator = keras.random.SeedGenerator(
                 streams.randrange(validation.MAX_SEED)
@@ -129,54 +143,32 @@ class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
                 self._mask_plan = masks.MaskPlan(layers)
         return self._mask_plan
 
-    def get_config(self):
-        refuse_copy(self)
-
-    def get_compile_config(self):
-        refuse_copy(self)
-
-    def __reduce__(self):
-        refuse_copy(self)
-
-    def save_own_variables(self, store):
-        self._find_allocator()
-        super().save_own_variables(store)
-        store[_RANDOM_STATE] = self.mask_seed_generator.state
-
-    def load_own_variables(self, store):
-        self._find_allocator()
-        # Keras counts the entries of weights alone.
-        super().load_own_variables(
-            {key: store[key] for key in store.keys() if key != _RANDOM_STATE}
-        )
-        if _RANDOM_STATE in store.keys():
-            self.mask_seed_generator.state.assign(store[_RANDOM_STATE])
-
-    def load_weights(self, *args, **kwargs):
-        """As `keras.Model.load_weights`; a compiled model can train on.
-
-        Keras leaves the optimizer's state out if the optimizer has not taken a
-        step yet; here it is built first.
-        """
-        if self.built and self.compiled and not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
-        return super().load_weights(*args, **kwargs)
-
     def _forget_compiled_state(self):
         """Drop what was compiled for the model as it was before."""
+        for name in COMPILED_FUNCTIONS:
+            if hasattr(self, name):
+                setattr(self, name, None)
+        self._ensemble_state.forget()
+        self._restart_optimizer()
+
+    def _restart_optimizer(self):
+        """Let the optimizer start anew, with the same settings."""
         self.train_function = None
-        self.test_function = None
-        self.predict_function = None
         optimizer = getattr(self, "optimizer", None)
         if optimizer is not None and optimizer.built:
             self.optimizer = type(optimizer).from_config(optimizer.get_config())
 
-    def fit(self, x=None, y=None, *args, **kwargs):
+    def fit(self, *args, **kwargs):
         """As `keras.Model.fit`, minimising the N-sample objective."""
-        validation.not_empty("x", x)
+        bound = inspect.signature(super().fit).bind(*args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        self._check_enabled("fit")
+        validation.not_empty("x", arguments.get("x"))
+        arguments["callbacks"] = with_run_callbacks(arguments.get("callbacks"))
         try:
             with state_kept(self):
-                return super().fit(x, y, *args, **kwargs)
+                return super().fit(**arguments)
         finally:
             # At its end, Keras puts the optimizer's averaged weights in place.
             self._prune()
@@ -190,18 +182,6 @@ class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
         """As `keras.Model.predict`, with the mean network."""
         with state_kept(self):
             return super().predict(*args, **kwargs)
-
-
-def refuse_copy(model, *args, **kwargs):
-    """Raise `ValueError`: a copy by configuration would lose the adapters."""
-    raise ValueError(
-        f'"{model.name}" has LoRA Dropout adapters, which a copy by '
-        "configuration (`clone_model`, `copy.deepcopy`, pickle, `save`) would "
-        "lose. To copy the model, build it again, call `enable_lora_dropout` "
-        "with the same arguments, then "
-        "`copy.set_weights(model.get_weights())`. To store it, use "
-        "`save_weights` and `load_weights`."
-    )
 
 
 def with_instances(call):

@@ -1,5 +1,6 @@
 """Freezing: adapters and the chosen layers train, nothing else does."""
 
+from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import sublayers
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
@@ -45,7 +46,42 @@ def _freeze_all_but_factors(layer):
 
 
 def _freeze_own_variables(layer):
+    for variable in own_weights(layer):
+        variable.trainable = False
+
+
+def trainable_flags(model):
+    """Return what trains in a model, as plain data.
+
+    Returns:
+        Dictionary of layer path -> list of booleans: the layer's own flag, then
+        those of the variables that it holds itself. The model is `""`.
+    """
+    return {
+        path: [layer.trainable, *(v.trainable for v in own_weights(layer))]
+        for path, layer in {"": model, **layer_paths(model)}.items()
+    }
+
+
+def set_trainable_flags(model, flags):
+    """Restore what `trainable_flags` returned.
+
+    Args:
+        model: The model, with the layers and weights that it had then.
+        flags: What `trainable_flags` returned.
+    """
+    layers = {"": model, **layer_paths(model)}
+    # A layer hands its flag down to its sublayers, so parents go first.
+    for path, layer in layers.items():
+        layer.trainable = flags[path][0]
+    for path, layer in layers.items():
+        for variable, flag in zip(
+            own_weights(layer), flags[path][1:], strict=True
+        ):
+            variable.trainable = flag
+
+
+def own_weights(layer):
+    """Return the weights that a layer holds itself, not through sublayers."""
     inside = {id(v) for part in sublayers(layer) for v in part.weights}
-    for variable in layer.weights:
-        if id(variable) not in inside:
-            variable.trainable = False
+    return [v for v in layer.weights if id(v) not in inside]

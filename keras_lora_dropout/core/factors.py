@@ -128,17 +128,20 @@ def low_rank_delta(inputs, factor_a, factor_b, axes):
     return delta
 
 
-def stacks(layers):
-    """Sort layers by the shapes of their factors.
+def stacks(shapes):
+    """Sort positions by what stands there.
+
+    Args:
+        shapes: Iterable of hashable values, such as the shapes of the factors
+            of each layer.
 
     Returns:
-        List of lists of positions in `layers`; the layers of one list have
-        factors of the same shapes, so that these can be stacked.
+        List of lists of positions; the layers of one list have factors of the
+        same shapes, so that these can be stacked.
     """
     found = {}
-    for position, layer in enumerate(layers):
-        shapes = tuple(tuple(factor.shape) for factor in layer.factors)
-        found.setdefault(shapes, []).append(position)
+    for position, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(position)
     return list(found.values())
 
 

@@ -6,6 +6,7 @@
 - The graph of a functional model is not readable from an output back.
 - The padding mask that losses read from a tensor has no accessor.
 - The gradients that an optimizer accumulates over batches have none either.
+- The epoch that a callback lets `fit` resume at has no accessor.
 
 Everything private is here, and a Keras that lacks it is refused by version.
 """
@@ -66,11 +67,34 @@ def forget_weights(layer, variables):
         untrack(variable)
 
 
+def forget_attributes(layer, names):
+    """Let a layer or model lose attributes that hold weights or generators.
+
+    `delattr` does so, too, but collects the garbage of the whole process after
+    each weight.
+    """
+    with unlocked(layer):
+        for name in names:
+            value = vars(layer)[name]
+            if isinstance(value, keras.Variable):
+                forget_weights(layer, [value])
+            elif isinstance(value, keras.random.SeedGenerator):
+                forget_weights(layer, [value.state])
+                _private(layer, "_tracker").untrack(value)
+            object.__delattr__(layer, name)
+
+
 def copy_mask(source, target, convert=lambda mask: mask):
     """Give `target` the padding mask of `source`, if it has one."""
     mask = get_keras_mask(source)
     if mask is not None:
         set_keras_mask(target, convert(mask))
+
+
+def start_at_epoch(model, epoch):
+    """Let the `fit` that is starting begin after an epoch; `None`: as asked."""
+    _private(model, "_initial_epoch")
+    model._initial_epoch = epoch
 
 
 def accumulated_gradients(optimizer, variables):

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import numbers
 
+import keras
 import numpy as np
 
 from keras_lora_dropout.core import validation
@@ -14,6 +15,7 @@ ORTHOGONAL_FORMS = ("squared_norms", "mean_norm")
 NEVER = 2**31 - 1
 
 
+@keras.saving.register_keras_serializable("keras_lora_dropout")
 @dataclasses.dataclass(frozen=True)
 class RankBudget:
     """Settings of AdaLoRA: from which rank to which, and when.
@@ -108,6 +110,15 @@ class RankBudget:
         if self.total_steps is not None:
             validation.positive_integer("total_steps", self.total_steps)
             self.phases(self.total_steps)
+
+    def get_config(self):
+        """Return the settings as a dictionary."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config):
+        """Return the budget of a dictionary of settings."""
+        return cls(**config)
 
     def phases(self, total_steps):
         """Return `(warmup_steps, final_steps, mask_interval)` as integers.

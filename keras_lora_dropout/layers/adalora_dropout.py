@@ -26,15 +26,16 @@ class AdaLoRAFactors:
         "lora_kernel_b",
     )
 
-    def _initial_factors(self, streams):
+    @staticmethod
+    def _initial_factors(streams):
         return (
             keras.initializers.RandomNormal(0.0, _STDDEV, next_seed(streams)),
             "zeros",
             keras.initializers.RandomNormal(0.0, _STDDEV, next_seed(streams)),
         )
 
-    def _factor_shapes(self, axes):
-        rank = self.lora_rank
+    @staticmethod
+    def _factor_shapes(axes, rank):
         return (axes.input_dim, rank), (rank,), (rank, axes.output_dim)
 
     def _factor_pair(self, lora_kernel_a, lora_lambda, lora_kernel_b):

@@ -1,9 +1,24 @@
 """Which adapted class stands for a Keras layer, and the change to it."""
 
 import functools
+import random
 
+import keras
+from keras import ops
+
+from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import check_linear
+
+# What an adapter leaves on its layer besides factors, rank and alpha.
+_ATTRIBUTES = (
+    "dropout_rate",
+    "rescale",
+    "seed",
+    "seed_generator",
+    "adapter_enabled",
+    "_axes",
+)
 
 _ADAPTER_CLASSES: dict[tuple[type, bool], type] = {}
 
@@ -47,6 +62,20 @@ def adapter_class(layer_class, adaptive=False):
     return None
 
 
+def plain_class(cls, mixin=LoRADropoutAdapter):
+    """Return the Keras class that an adapted class stands for.
+
+    Args:
+        cls: Class of an adapted layer, or of an adapted model.
+        mixin: What adapted classes, and none else, inherit from.
+    """
+    return next(
+        base
+        for base in cls.__mro__
+        if issubclass(base, keras.Layer) and not issubclass(base, mixin)
+    )
+
+
 def can_adapt(layer):
     """Whether the layer is a linear layer whose product is Keras's own."""
     return adapter_class(type(layer)) is not None
@@ -77,5 +106,49 @@ def adapt(layer, *, adaptive, rank, alpha, dropout_rate, rescale, seed):
     stay valid. Only its class changes, to a subclass of its own.
     """
     layer.__class__ = adapter_class(type(layer), adaptive)
-    layer._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
+    # Rank 0 is what `replace_factors` may leave, but no setting for users.
+    settings = alpha, dropout_rate, rescale, seed
+    layer._set_adapter_settings(max(rank, 1), *settings)
+    layer.lora_rank = rank
     layer._add_factors()
+
+
+def fresh_factors(layer, *, adaptive, rank, seed):
+    """Return the factors of a new adapter for an adapted layer.
+
+    Returns:
+        Dictionary of name -> float32 array, what `adapt` would create.
+    """
+    kind = adapter_class(plain_class(type(layer)), adaptive)
+    shapes = kind._factor_shapes(layer._axes, rank)
+    initializers = kind._initial_factors(random.Random(seed))
+    return {
+        name: ops.convert_to_numpy(
+            keras.initializers.get(initializer)(shape, "float32")
+        )
+        for name, shape, initializer in zip(
+            kind.factor_names, shapes, initializers, strict=True
+        )
+    }
+
+
+def switch_kind(layer, *, adaptive):
+    """Turn a LoRA adapter into one of AdaLoRA or back, its factors zeros."""
+    wanted = adapter_class(plain_class(type(layer)), adaptive)
+    if isinstance(layer, wanted):
+        return
+    trains = any(factor.trainable for factor in layer.factors)
+    layer.drop_factors()
+    layer.__class__ = wanted
+    layer._create_factors(layer._axes, ["zeros"] * len(layer.factor_names))
+    for factor in layer.factors:
+        factor.trainable = trains
+
+
+def unadapt(layer):
+    """Take the adapter off a layer that `adapt` or its class gave one to."""
+    layer.drop_factors()
+    forget_attributes(layer, [n for n in _ATTRIBUTES if n in vars(layer)])
+    layer.lora_rank = layer.lora_alpha = None
+    layer.__class__ = plain_class(type(layer))
+    layer._kernel.trainable = layer.trainable

@@ -9,6 +9,7 @@ from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.instances import check_rows
+from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
 
 _RANDOM_STATE = "seed_generator_state"
@@ -25,6 +26,7 @@ class LoRADropoutAdapter:
     """
 
     factor_names: tuple[str, ...] = ()
+    adapter_enabled = True
 
     @classmethod
     def from_config(cls, config):
@@ -75,7 +77,7 @@ class LoRADropoutAdapter:
 
     def _create_factors(self, axes, initializers):
         """Create the weights of the factors, one initializer each."""
-        shapes = self._factor_shapes(axes)
+        shapes = self._factor_shapes(axes, self.lora_rank)
         with unlocked(self):
             for name, shape, initializer in zip(
                 self.factor_names, shapes, initializers, strict=True
@@ -89,6 +91,10 @@ class LoRADropoutAdapter:
                 )
                 setattr(self, name, weight)
 
+    def drop_factors(self):
+        """Lose the weights of the factors; others must take their place."""
+        forget_attributes(self, self.factor_names)
+
     def replace_factors(self, values, alpha):
         """Give the adapter other factors, of any rank, in place.
 
@@ -100,18 +106,26 @@ class LoRADropoutAdapter:
                 `(input_dim, rank)` and `(rank, output_dim)`.
             alpha: Positive number. Strength, so that `scaling = alpha / rank`.
         """
-        rank = values[-1].shape[0]
-        self.lora_alpha = float(alpha)
-        if rank != self.lora_rank:
-            trainable = [factor.trainable for factor in self.factors]
-            for name in self.factor_names:
-                delattr(self, name)
-            self.lora_rank = rank
-            self._create_factors(self._axes, ["zeros"] * len(values))
-            for factor, trains in zip(self.factors, trainable, strict=True):
-                factor.trainable = trains and factor.trainable
+        self.resize(values[-1].shape[0], alpha)
         for factor, value in zip(self.factors, values, strict=True):
             factor.assign(value)
+
+    def resize(self, rank, alpha):
+        """Give the factors another rank, in place; they are zeros then.
+
+        Args:
+            rank: Integer, 0 or more. Nothing happens to factors of that rank.
+            alpha: Positive number. Strength, as in `replace_factors`.
+        """
+        self.lora_alpha = float(alpha)
+        if rank == self.lora_rank:
+            return
+        trains = not self.lora_rank or any(f.trainable for f in self.factors)
+        self.drop_factors()
+        self.lora_rank = rank
+        self._create_factors(self._axes, ["zeros"] * len(self.factor_names))
+        for factor in self.factors:
+            factor.trainable = trains and rank > 0
 
     @property
     def trainable(self):
@@ -193,7 +207,7 @@ class LoRADropoutAdapter:
 
     def call(self, inputs, training=None):
         x = self._frozen_product(inputs)
-        if self.lora_rank:
+        if self.lora_rank and self.adapter_enabled:
             x = ops.add(x, self._delta(inputs, training))
         if self.bias is not None:
             x = ops.add(x, self.bias)

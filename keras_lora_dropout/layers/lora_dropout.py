@@ -13,14 +13,13 @@ class LoRAFactors:
 
     factor_names: tuple[str, ...] = ("lora_kernel_a", "lora_kernel_b")
 
-    def _initial_factors(self, streams):
+    @staticmethod
+    def _initial_factors(streams):
         return keras.initializers.HeUniform(next_seed(streams)), "zeros"
 
-    def _factor_shapes(self, axes):
-        return (axes.input_dim, self.lora_rank), (
-            self.lora_rank,
-            axes.output_dim,
-        )
+    @staticmethod
+    def _factor_shapes(axes, rank):
+        return (axes.input_dim, rank), (rank, axes.output_dim)
 
     def _factor_pair(self, lora_kernel_a, lora_kernel_b):
         return lora_kernel_a, lora_kernel_b

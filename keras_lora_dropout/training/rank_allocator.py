@@ -32,61 +32,55 @@ class RankAllocator:
         model: The adapted model; it gains non-trainable weights.
         layers: List of `(path, layer)` of its AdaLoRA layers.
         budget: A `RankBudget`.
+        record: `None`, or what `record_as_data` returned for an allocator that
+            was closed; the new one is closed, too, then.
 
     Attributes:
         is_open: Whether ranks are still chosen, until `close`.
+        variables: Dictionary of name -> variable; empty once closed.
     """
 
-    def __init__(self, model, layers, budget):
+    def __init__(self, model, layers, budget, record=None):
         self.settings = budget
-        self.is_open = True
+        self.is_open = record is None
         self._started = False
         self.layers = layers
         self.ranks = [layer.lora_rank for _, layer in layers]
-        self.stacks = factors.stacks([layer for _, layer in layers])
-
-        self._variables = []
-
-        def state(name, shape, dtype="int32", initializer="zeros"):
-            variable = model.add_weight(
+        self.variables = {}
+        if record is not None:
+            self._final_record = _record_from(record)
+            return
+        sizes = [(lyr.lora_rank, *lyr.mask_sizes) for _, lyr in layers]
+        self.stacks = factors.stacks(sizes)
+        initial = {
+            "rank_removal_steps": NEVER,
+            "rank_mask": 1,
+            "rank_history": -1,
+        }
+        for name, (shape, dtype) in state_shapes(sizes).items():
+            self.variables[name] = model.add_weight(
                 name=name,
                 shape=shape,
                 dtype=dtype,
-                initializer=initializer,
+                initializer=keras.initializers.Constant(initial.get(name, 0)),
                 trainable=False,
             )
-            self._variables.append(variable)
-            return variable
-
-        total = sum(self.ranks)
-        self.step = state("rank_step", ())
+        self.step = self.variables["rank_step"]
         # [total_steps, warmup_steps, freeze_step, mask_interval]; zeros while
         # the length of the run is not known.
-        self.schedule = state("rank_schedule", (4,))
-        self.removal_steps = state(
-            "rank_removal_steps", (total,), initializer=_constant(NEVER)
-        )
-        self.rank_mask = state("rank_mask", (total,), "float32", "ones")
-        self.history = state(
-            "rank_history",
-            (HISTORY_LENGTH, len(layers)),
-            initializer=_constant(-1),
-        )
+        self.schedule = self.variables["rank_schedule"]
+        self.removal_steps = self.variables["rank_removal_steps"]
+        self.rank_mask = self.variables["rank_mask"]
+        self.history = self.variables["rank_history"]
         self.smoothed_sensitivity, self.uncertainty = (
             [
-                state(f"{name}_{index}", shape, "float32")
-                for index, shape in enumerate(self._score_shapes())
+                self.variables[f"{name}_{index}"]
+                for index in range(len(self.stacks))
             ]
             for name in ("smoothed_sensitivity", "uncertainty")
         )
         if budget.total_steps is not None:
             self._set_schedule(budget.total_steps)
-
-    def _score_shapes(self):
-        """`(layers, rank, input_dim + 1 + output_dim)` of each stack."""
-        for positions in self.stacks:
-            layer = self.layers[positions[0]][1]
-            yield len(positions), layer.lora_rank, layer.mask_width + 1
 
     @property
     def total_steps(self):
@@ -268,7 +262,9 @@ class RankAllocator:
         """The orthogonality penalty without its weight, a scalar tensor."""
         layers = [layer for _, layer in self.layers if layer.lora_rank]
         pairs = []
-        for positions in factors.stacks(layers):
+        for positions in factors.stacks(
+            (layer.lora_rank, *layer.mask_sizes) for layer in layers
+        ):
             lora_kernel_a, _, lora_kernel_b = factors.stacked_factors(
                 [layers[position] for position in positions]
             )
@@ -326,9 +322,21 @@ class RankAllocator:
             layer.keep_triplets(kept)
         self.is_open = False
         self.ranks = [layer.lora_rank for _, layer in self.layers]
-        forget_weights(model, self._variables)
-        self._variables.clear()
+        self.forget(model)
+
+    def forget(self, model):
+        """Take the allocator's weights off the model."""
+        forget_weights(model, self.variables.values())
+        self.variables.clear()
         self.smoothed_sensitivity = self.uncertainty = []
+
+    def record_as_data(self):
+        """Return the history of ranks as lists and integers, for JSON."""
+        recorded = self.recorded()
+        return {
+            "step": recorded["step"].tolist(),
+            "ranks": {p: r.tolist() for p, r in recorded["ranks"].items()},
+        }
 
     def count_factors(self):
         """Number of weights of the adapters."""
@@ -339,5 +347,30 @@ class RankAllocator:
         )
 
 
-def _constant(value):
-    return keras.initializers.Constant(value)
+def state_shapes(sizes):
+    """Return shape and dtype of each of an allocator's variables, by name.
+
+    Args:
+        sizes: List of `(rank, input_dim, output_dim)` of the AdaLoRA layers.
+    """
+    total = sum(rank for rank, _, _ in sizes)
+    shapes = {
+        "rank_step": ((), "int32"),
+        "rank_schedule": ((4,), "int32"),
+        "rank_removal_steps": ((total,), "int32"),
+        "rank_mask": ((total,), "float32"),
+        "rank_history": ((HISTORY_LENGTH, len(sizes)), "int32"),
+    }
+    for name in ("smoothed_sensitivity", "uncertainty"):
+        for index, positions in enumerate(factors.stacks(sizes)):
+            rank, input_dim, output_dim = sizes[positions[0]]
+            shape = len(positions), rank, input_dim + 1 + output_dim
+            shapes[f"{name}_{index}"] = shape, "float32"
+    return shapes
+
+
+def _record_from(data):
+    return {
+        "step": np.array(data["step"], int),
+        "ranks": {p: np.array(r, int) for p, r in data["ranks"].items()},
+    }

@@ -1,6 +1,7 @@
 """The training step on JAX: pure functions of the model's state."""
 
 import contextlib
+import functools
 
 import jax
 import keras
@@ -11,6 +12,18 @@ from keras_lora_dropout.training import objective
 
 class NSampleTrainStep:
     """Mixin: `train_step` on the N-sample objective."""
+
+    def make_train_function(self, force=False):
+        with _fresh(self, "train_step"):
+            super().make_train_function(force)
+
+    def make_test_function(self, force=False):
+        with _fresh(self, "test_step"):
+            super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        with _fresh(self, "predict_step"):
+            super().make_predict_function(force)
 
     def train_step(self, state, data):
         trainable, non_trainable, optimizer_variables, metrics = state
@@ -97,6 +110,20 @@ def state_kept(model):
             if _is_empty(variable):
                 variable.assign(value)
         raise
+
+
+@contextlib.contextmanager
+def _fresh(model, step):
+    """Let a step be compiled anew.
+
+    JAX keeps one trace for all bound methods that are equal, but what a step
+    computes changes with the request, the adapter and the optimizer.
+    """
+    setattr(model, step, functools.partial(getattr(type(model), step), model))
+    try:
+        yield
+    finally:
+        delattr(model, step)
 
 
 def _is_empty(variable):

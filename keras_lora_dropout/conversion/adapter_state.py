@@ -1,0 +1,381 @@
+"""One adapter of a model as plain data: taken from it, put into it.
+
+An adapter is more than its factors: the head that was trained with it, its
+settings, and, with AdaLoRA, the state by which ranks are chosen.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+from keras import backend
+from keras import ops
+
+from keras_lora_dropout.conversion.targets import layer_paths
+from keras_lora_dropout.conversion.trainable import own_weights
+from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.rank_budget import RankBudget
+from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
+from keras_lora_dropout.layers.adapt import switch_kind
+from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
+from keras_lora_dropout.training.rank_allocator import state_shapes
+
+KINDS = ("LoRA", "AdaLoRA")
+
+
+def _optional_integer(value):
+    return None if value is None else int(value)
+
+
+# What is written of each layer, and how it is read back.
+_FIELDS = {
+    "kind": str,
+    "rank": int,
+    "alpha": float,
+    "dropout_rate": float,
+    "rescale": bool,
+    "seed": _optional_integer,
+    "input_dim": int,
+    "output_dim": int,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterState:
+    """An adapter without its model.
+
+    Attributes:
+        settings: What JSON can hold: `"layers"`, a dictionary of layer path ->
+            kind, rank, alpha, dropout rate and so on; `"rank_budget"`;
+            `"rank_record"`, the history of ranks once they are compact.
+        tensors: Dictionary of name -> NumPy array. The names start with
+            `adapters/`, `head/` or `ranks/`.
+    """
+
+    settings: dict
+    tensors: dict
+
+
+def take(model):
+    """Return the `AdapterState` of the model's active adapter."""
+    variables = {**own_variables(model), **head_variables(model)}
+    return AdapterState(
+        settings_of(model),
+        {name: array_of(variable) for name, variable in variables.items()},
+    )
+
+
+def empty(settings):
+    """Return a state of given settings whose tensors are still zeros."""
+    settings = dict(settings)
+    return AdapterState(
+        settings=settings,
+        tensors={
+            name: np.zeros(shape, dtype)
+            for name, shape, dtype in settings.pop("tensors")
+        },
+    )
+
+
+def settings_of(model):
+    """Return the settings of the model's active adapter as plain data."""
+    allocator = model.rank_allocator
+    budget = model.rank_budget
+    is_closed = allocator is not None and not allocator.is_open
+    return {
+        "layers": {
+            path: layer_settings(layer) for path, layer in model.adapted_layers
+        },
+        "rank_budget": budget and dataclasses.asdict(budget),
+        "rank_record": allocator.record_as_data() if is_closed else None,
+    }
+
+
+def layer_settings(layer):
+    """Return the settings of one adapted layer as plain data."""
+    input_dim, output_dim = layer.mask_sizes
+    return {
+        "kind": KINDS[isinstance(layer, AdaLoRAFactors)],
+        "rank": layer.lora_rank,
+        "alpha": layer.lora_alpha,
+        "dropout_rate": layer.dropout_rate,
+        "rescale": layer.rescale,
+        "seed": layer.seed,
+        "input_dim": input_dim,
+        "output_dim": output_dim,
+    }
+
+
+def put(model, state):
+    """Make a state the model's active adapter.
+
+    The state must fit, see `differences`. What was compiled is kept only if
+    nothing but values changed.
+
+    Returns:
+        Boolean. Whether anything but values changed.
+    """
+    settings = state.settings
+    layers = dict(model.adapted_layers)
+    changed = False
+    for path, new in settings["layers"].items():
+        layer = layers[path]
+        changed |= layer_settings(layer) != new
+        switch_kind(layer, adaptive=new["kind"] == "AdaLoRA")
+        layer.dropout_rate = new["dropout_rate"]
+        layer.rescale = new["rescale"]
+        layer.seed = new["seed"]
+        values = [
+            state.tensors[f"adapters/{path}/{name}"]
+            for name in layer.factor_names
+        ]
+        layer.replace_factors(values, new["alpha"])
+    budget = budget_from(settings["rank_budget"])
+    changed |= budget != model.rank_budget
+    # A new adapter has no state of ranks yet.
+    changed |= budget is not None and "ranks/rank_step" not in state.tensors
+    closed = settings["rank_record"] is not None
+    allocator = model.rank_allocator
+    was_closed = allocator is not None and not allocator.is_open
+    if changed or closed or was_closed:
+        model._replace_allocation(budget, settings["rank_record"])
+        changed = True
+    variables = {**head_variables(model), **_rank_variables(model)}
+    for name, variable in variables.items():
+        if name in state.tensors:
+            variable.assign(state.tensors[name])
+    if changed:
+        model._mask_plan = None
+    return changed
+
+
+def budget_from(data):
+    """Return the `RankBudget` that `dataclasses.asdict` was applied to."""
+    return RankBudget(**data) if data else None
+
+
+def differences(model, state):
+    """Say where a state does not fit a model.
+
+    Returns:
+        List of strings, one for each difference: layers that only one of them
+        has, sizes, kinds and ranks, missing, superfluous and misshapen
+        tensors. An empty list: the state fits.
+    """
+    layers = dict(model.adapted_layers)
+    wanted = state.settings["layers"]
+    found = [
+        f'layer "{path}" is adapted in the file, but not in the model'
+        for path in wanted
+        if path not in layers
+    ]
+    found += [
+        f'layer "{path}" is adapted in the model, but not in the file'
+        for path in layers
+        if path not in wanted
+    ]
+    for path, new in wanted.items():
+        if path in layers:
+            found += _layer_differences(path, layers[path], new)
+    expected = dict(_expected_tensors(model, state.settings))
+    given = state.tensors
+    found += [f'tensor "{n}" is missing' for n in expected if n not in given]
+    found += [f'tensor "{n}" is unknown' for n in given if n not in expected]
+    for name, (shape, dtype) in expected.items():
+        if name not in given:
+            continue
+        array = given[name]
+        if tuple(array.shape) != shape:
+            found.append(
+                f'tensor "{name}" has shape {tuple(array.shape)} in the file, '
+                f"but {shape} in the model"
+            )
+        if array.dtype.name != dtype:
+            found.append(
+                f'tensor "{name}" has dtype {array.dtype.name} in the file, '
+                f"but {dtype} in the model"
+            )
+    return found
+
+
+def kind_differences(model, state):
+    """Say where kinds and ranks of a state are not those of the model.
+
+    AdaLoRA layers may have fewer ranks in the state, if these are final.
+    """
+    final = state.settings["rank_record"] is not None
+    found = []
+    for path, layer in model.adapted_layers:
+        own, new = layer_settings(layer), state.settings["layers"].get(path)
+        if new is None:
+            continue
+        for name in ("kind", "rank"):
+            fewer = name == "rank" and final and new[name] <= own[name]
+            if own[name] != new[name] and not fewer:
+                found.append(
+                    f'layer "{path}" has {name} {new[name]} in the file, but '
+                    f"{own[name]} in the model"
+                )
+    new = budget_from(state.settings["rank_budget"])
+    if new != model.rank_budget:
+        found.append(
+            f"the rank budget is {new} in the file, but {model.rank_budget} in "
+            "the model"
+        )
+    return found
+
+
+def checked_settings(settings, path):
+    """Return settings read from a file, checked to be what `take` writes.
+
+    Raises:
+        ValueError: If something is missing or of a wrong type.
+    """
+    try:
+        layers = {
+            path: {name: kind(layer[name]) for name, kind in _FIELDS.items()}
+            for path, layer in settings["layers"].items()
+        }
+        for layer in layers.values():
+            validation.word("kind", layer["kind"], KINDS)
+            for name in ("rank", "input_dim", "output_dim"):
+                validation.integer(name, layer[name], at_least=0)
+            validation.alpha(layer["alpha"], layer["rank"])
+            validation.dropout_rate(layer["dropout_rate"])
+            validation.seed(layer["seed"])
+        budget_from(settings["rank_budget"])
+        record = settings["rank_record"]
+        if record is not None:
+            record = {
+                "step": [int(step) for step in record["step"]],
+                "ranks": {
+                    path: [int(rank) for rank in ranks]
+                    for path, ranks in record["ranks"].items()
+                },
+            }
+        return {
+            "layers": layers,
+            "rank_budget": settings["rank_budget"],
+            "rank_record": record,
+            "base_fingerprint": str(settings["base_fingerprint"]),
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"The settings of the adapter in {str(path)!r} are not what "
+            f"`save_adapters` writes: {error!r}. Save the adapter again."
+        ) from error
+
+
+def _layer_differences(path, layer, new):
+    own = layer_settings(layer)
+    for name, what in (
+        ("input_dim", "input features"),
+        ("output_dim", "output features"),
+    ):
+        if new[name] != own[name]:
+            yield (
+                f'layer "{path}" has {new[name]} {what} in the file, but '
+                f"{own[name]} in the model"
+            )
+
+
+def _expected_tensors(model, settings):
+    """Yield `(name, (shape, dtype))` of all tensors that a state has."""
+    layers = dict(model.adapted_layers)
+    for path, new in settings["layers"].items():
+        if path not in layers:
+            continue
+        rank, sizes = new["rank"], (new["input_dim"], new["output_dim"])
+        yield f"adapters/{path}/lora_kernel_a", ((sizes[0], rank), "float32")
+        if new["kind"] == "AdaLoRA":
+            yield f"adapters/{path}/lora_lambda", ((rank,), "float32")
+        yield f"adapters/{path}/lora_kernel_b", ((rank, sizes[1]), "float32")
+    for name, variable in head_variables(model).items():
+        dtype = backend.standardize_dtype(variable.dtype)
+        yield name, (tuple(variable.shape), dtype)
+    if settings["rank_budget"] and settings["rank_record"] is None:
+        yield from _expected_rank_tensors(settings["layers"])
+
+
+def head_variables(model):
+    """Return what else trains, by name `head/<layer path>/<variable>`.
+
+    Of a layer with something to train it is every variable, such as the
+    statistics of a `BatchNormalization`; of an adapted layer what trains
+    besides its factors.
+    """
+    found = {}
+    ranks = {id(v) for v in _rank_variables(model).values()}
+    for path, layer in {"": model, **layer_paths(model)}.items():
+        own = [v for v in own_weights(layer) if id(v) not in ranks]
+        if isinstance(layer, LoRADropoutAdapter):
+            factors = {id(factor) for factor in layer.factors}
+            own = [v for v in own if v.trainable and id(v) not in factors]
+        elif not any(variable.trainable for variable in own):
+            continue
+        for variable in own:
+            found[_unique(f"head/{path}/{variable.name}", found)] = variable
+    return found
+
+
+def fingerprint(model):
+    """Return the SHA-256 of the weights that no adapter changes.
+
+    Paths, shapes, dtypes and every value count; the factors, the head and the
+    state of ranks do not.
+    """
+    adapter = {**own_variables(model), **head_variables(model)}
+    ours = {id(variable) for variable in adapter.values()}
+    digest = hashlib.sha256()
+    for path, layer in {"": model, **layer_paths(model)}.items():
+        for variable in own_weights(layer):
+            if id(variable) not in ours:
+                array = np.ascontiguousarray(array_of(variable))
+                header = path, variable.name, array.shape, array.dtype.name
+                digest.update(repr(header).encode())
+                digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def own_variables(model):
+    """Return by name the variables that the plain model does not have."""
+    return {**_factors(model), **_rank_variables(model)}
+
+
+def _factors(model):
+    return {
+        f"adapters/{path}/{name}": getattr(layer, name)
+        for path, layer in model.adapted_layers
+        for name in layer.factor_names
+    }
+
+
+def _rank_variables(model):
+    allocator = model.rank_allocator
+    if allocator is None:
+        return {}
+    return {f"ranks/{n}": v for n, v in allocator.variables.items()}
+
+
+def _expected_rank_tensors(layers):
+    sizes = [
+        (layer["rank"], layer["input_dim"], layer["output_dim"])
+        for layer in layers.values()
+        if layer["kind"] == "AdaLoRA"
+    ]
+    for name, expected in state_shapes(sizes).items():
+        yield f"ranks/{name}", expected
+
+
+def _unique(name, taken):
+    unique, count = name, 1
+    while unique in taken:
+        count += 1
+        unique = f"{name}#{count}"
+    return unique
+
+
+def array_of(variable):
+    """The value of a variable in its own dtype."""
+    dtype = backend.standardize_dtype(variable.dtype)
+    return np.asarray(ops.convert_to_numpy(variable)).astype(dtype)

@@ -1,0 +1,228 @@
+"""Folding adapters into kernels, taking them off, turning them off."""
+
+import contextlib
+import dataclasses
+import weakref
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_lora_dropout.conversion import adapter_state
+from keras_lora_dropout.conversion.adapter_state import AdapterState
+from keras_lora_dropout.conversion.plain import plain_recipe
+from keras_lora_dropout.conversion.plain import strip
+from keras_lora_dropout.conversion.recipe import recipe_of
+from keras_lora_dropout.conversion.targets import layer_paths
+from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import validation
+
+# What `unmerge_adapters` needs, by the merged model.
+merged_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class Merging:
+    """Mixin of `AdaptedModel`: plain models out of adapted ones."""
+
+    _adapters_disabled = False
+
+    def merge_adapters(self, *, keep_kernels=True):
+        """Fold the mean network into the kernels, in place.
+
+        The model is the plain one again, of its own class: no adapter, no
+        attribute and no method of this package is left, and what trained before
+        `enable_lora_dropout` trains again. Its outputs are those of `predict`.
+        Adapters that are not active are lost to it.
+
+        Args:
+            keep_kernels: Boolean. Whether the original kernels are kept in the
+                host's memory, as long as the model lives, so that
+                `unmerge_adapters(model)` can restore them bit for bit.
+                Subtracting the delta again would leave rounding errors.
+
+        Returns:
+            The same model object, plain.
+
+        Raises:
+            ValueError: If the model is not built.
+        """
+        validation.boolean("keep_kernels", keep_kernels)
+        self.mask_plan  # noqa: B018
+        undo = Unmerged.of(self) if keep_kernels else None
+        for _, layer in self.adapted_layers:
+            layer._kernel.assign(merged_kernel(layer))
+        strip(self)
+        if undo is not None:
+            merged_models[self] = undo
+        return self
+
+    def merge_instances(self, num_samples=None, seed=None):
+        """Make one plain model of each mask instance.
+
+        The mean of their outputs is what `ensemble_predict` returns for the
+        same `num_samples` and `seed`, so that any runtime can serve the
+        ensemble. Each model is a copy with weights of its own; they are made
+        one at a time.
+
+        Args:
+            num_samples: Positive integer or `None` for the model's own N.
+            seed: Integer or `None` for new instances.
+
+        Yields:
+            `num_samples` plain models of the class that the model had before
+            `enable_lora_dropout`.
+
+        Raises:
+            ValueError: If an argument is out of range, or if the model cannot
+                be rebuilt from its recipe (`get_config`).
+        """
+        draws = self._instances(num_samples, seed)
+        keep = [draws.masks_of(layer) for _, layer in self.adapted_layers]
+        return self._merged_copies(len(draws.values), keep)
+
+    def _merged_copies(self, count, keep):
+        for n in range(count):
+            yield merged_copy(self, [(a[n], b[n]) for a, b in keep])
+
+    @contextlib.contextmanager
+    def disable_adapters(self):
+        """Context in which the model computes without its adapters.
+
+        `predict`, `evaluate` and calls give the base model's output, with the
+        head as it is trained. Training inside is refused.
+        """
+        if self._adapters_disabled:
+            yield
+            return
+        layers = [layer for _, layer in self.adapted_layers]
+        with self._functions_of("disabled adapters"):
+            self._adapters_disabled = True
+            for layer in layers:
+                layer.adapter_enabled = False
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.adapter_enabled = True
+                self._adapters_disabled = False
+
+    def _check_enabled(self, method):
+        if self._adapters_disabled:
+            raise ValueError(
+                f"`{method}` was called inside `disable_adapters`, where the "
+                "adapters take no part. Leave the `with` block to train."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmerged:
+    """What an adapted model was before `merge_adapters`.
+
+    Attributes:
+        model_class: Its class.
+        kernels: Dictionary of layer path -> NumPy array.
+        recipe: What `recipe_of` returned.
+        state: `AdapterState` of the active adapter.
+        inactive: Dictionary of name -> `AdapterState`.
+        random_states: States of its random generators.
+    """
+
+    model_class: type
+    kernels: dict
+    recipe: dict
+    state: AdapterState
+    inactive: dict
+    random_states: np.ndarray
+
+    @classmethod
+    def of(cls, model):
+        return cls(
+            type(model),
+            {
+                path: adapter_state.array_of(layer._kernel)
+                for path, layer in model.adapted_layers
+            },
+            recipe_of(model),
+            adapter_state.take(model),
+            dict(model._inactive_adapters),
+            model._random_states(),
+        )
+
+    def restore_state(self, model):
+        """Give the model its factors, ranks and random states; not the head."""
+        for name, variable in adapter_state.own_variables(model).items():
+            variable.assign(self.state.tensors[name])
+        model._inactive_adapters = dict(self.inactive)
+        model._set_random_states(self.random_states)
+
+
+def merged_kernel(layer, keep=None):
+    """Return the kernel of a layer with its delta folded in.
+
+    Args:
+        layer: An adapted layer.
+        keep: `None` for the mean network, or the masks `(mask_a, mask_b)` of
+            one instance.
+
+    Returns:
+        Tensor of the kernel's shape and dtype; the sum is made in float32, or
+        in float64 for such a kernel.
+    """
+    kernel = ops.convert_to_tensor(layer._kernel.value)
+    if not layer.lora_rank:
+        return ops.copy(kernel)
+    dtype = keras.backend.result_type(kernel.dtype, "float32")
+    a, b = layer._factor_pair(*(ops.cast(f, dtype) for f in layer.factors))
+    if keep is not None:
+        a = a * ops.cast(keep[0], dtype)[:, None]
+        b = b * ops.cast(keep[1], dtype)
+    scale = masks.delta_scale(
+        layer.scaling, layer.dropout_rate, layer.rescale, keep is not None
+    )
+    axes = layer._axes
+    delta = ops.reshape(
+        ops.matmul(a, b * scale), (*axes.contracted, *axes.kept)
+    )
+    delta = ops.transpose(delta, axes.kernel_permutation)
+    return ops.cast(ops.cast(kernel, dtype) + delta, layer._kernel.dtype)
+
+
+def merged_copy(model, keep=None):
+    """Return a plain model with the deltas folded in, a copy.
+
+    A preprocessor is shared, not copied.
+
+    Args:
+        model: An adapted model.
+        keep: `None` for the mean network, or a list of `(mask_a, mask_b)`, one
+            for each adapted layer.
+
+    Raises:
+        ValueError: If the model's recipe builds another model.
+    """
+    recipe = plain_recipe(model)
+    preprocessor = getattr(model, "preprocessor", None)
+    if preprocessor is not None:
+        recipe["config"]["preprocessor"] = None
+    plain = keras.saving.deserialize_keras_object(recipe)
+    if preprocessor is not None:
+        plain.preprocessor = preprocessor
+    ours = set(map(id, adapter_state.own_variables(model).values()))
+    values = [v for v in model.weights if id(v) not in ours]
+    if [v.shape for v in plain.weights] != [v.shape for v in values]:
+        raise ValueError(
+            f'Model "{model.name}" cannot be copied: its recipe (`get_config`) '
+            "builds a model with other weights. Define `get_config` and "
+            "`from_config` so that they build the same one."
+        )
+    for variable, value in zip(plain.weights, values, strict=True):
+        variable.assign(ops.copy(value.value))  # JAX gives buffers away.
+    layers = dict(
+        zip(layer_paths(model), layer_paths(plain).values(), strict=True)
+    )
+    adapted = model.adapted_layers
+    for (path, layer), masks_of_layer in zip(
+        adapted, keep or [None] * len(adapted), strict=True
+    ):
+        layers[path]._kernel.assign(merged_kernel(layer, masks_of_layer))
+    return plain

@@ -1,0 +1,39 @@
+"""`unmerge_adapters`: back from the plain model to the adapted one."""
+
+from keras_lora_dropout.conversion.converted_model import attach
+from keras_lora_dropout.conversion.merging import merged_models
+from keras_lora_dropout.conversion.targets import layer_paths
+
+
+def unmerge_adapters(model):
+    """Undo `merge_adapters`: give a merged model its adapters back, in place.
+
+    The kernels are restored bit for bit, from copies that `merge_adapters` kept
+    in the host's memory. Adapters, settings, random state and what trains are
+    as they were, too. The head, and whatever else was not merged, keeps the
+    values that it has now. The optimizer starts anew.
+
+    Args:
+        model: A model that `merge_adapters` returned.
+
+    Returns:
+        The same model object, adapted again.
+
+    Raises:
+        ValueError: If the model was not merged in this process, or if it was
+            with `keep_kernels=False`.
+    """
+    undo = merged_models.pop(model, None)
+    if undo is None:
+        raise ValueError(
+            "`unmerge_adapters` needs a model that `merge_adapters` returned "
+            "in this process, with `keep_kernels=True`. Received: model="
+            f"{model!r}. To go back later, keep the adapted model with `save`."
+        )
+    model.__class__ = undo.model_class
+    attach(model, undo.recipe)
+    layers = layer_paths(model)
+    for path, value in undo.kernels.items():
+        layers[path]._kernel.assign(value)
+    undo.restore_state(model)
+    return model
