@@ -1,0 +1,1 @@
+"""Files: how adapters are stored."""
