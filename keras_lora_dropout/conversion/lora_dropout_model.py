@@ -116,7 +116,8 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
         super().build_from_config(
             {key: value for key, value in config.items() if key != RECIPE}
         )
-        if recipe is not None and self.built:
+        # Keras warns of a model that it cannot build.
+        if recipe and all(layer.built for _, layer in self.adapted_layers):
             attach(self, recipe)
 
 

@@ -17,6 +17,7 @@ from keras_lora_dropout.conversion.saving import Saving
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.inference.ensemble import ensemble_outputs
 from keras_lora_dropout.layers.adapt import plain_class
@@ -71,6 +72,8 @@ class AdaptedModel(
         self.lora_dropout = settings
         self._mask_plan = None
         self._inactive_adapters = {}
+        names = "mask_seed_generator", "ensemble_seed_generator"
+        forget_attributes(self, [name for name in names if name in vars(self)])
         with unlocked(self):
             self.mask_seed_generator = keras.random.SeedGenerator(
                 streams.randrange(validation.MAX_SEED)

@@ -24,6 +24,7 @@ ATTRIBUTES = (
     "_ensemble_state",
     "_finished_epochs",
     "_restored_epochs",
+    "_restored_states",
     "_mask_plan",
     "_plain_trainable",
     "_request",

@@ -78,8 +78,10 @@ def with_paths_of(model, recipe):
 
     def tensor_name(name):
         room, _, rest = name.partition("/")
+        if room not in ("adapters", "head"):
+            return name
         layer, _, variable = rest.rpartition("/")
-        return f"{room}/{path[layer]}/{variable}" if layer in path else name
+        return f"{room}/{path[layer]}/{variable}"
 
     def adapter(settings):
         record = settings["rank_record"]

@@ -63,6 +63,7 @@ class _AfterOthers(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         if self.model._restored_epochs is not None:
             start_at_epoch(self.model, self.model._restored_epochs)
+        self.model._go_on_with_random_states()
         self.model._start_schedule(self.params)
 
 

@@ -10,24 +10,28 @@ import numpy as np
 from keras import ops
 
 from keras_lora_dropout.storage.replacing import replacing
+from keras_lora_dropout.training.backend import global_random_states
+from keras_lora_dropout.training.backend import set_global_random_states
 
 logger = logging.getLogger("keras_lora_dropout")
 
 _RANDOM_STATES = "random_states"
 _EPOCHS = "finished_epochs"
-_INACTIVE = "inactive_adapter"
+_INACTIVE = "inactive_adapter_"
+_GLOBAL = "global_random_state_"
 
 
 class Saving:
     """Mixin of `AdaptedModel`: what a file holds besides Keras's weights.
 
     These are the state of every random generator in the model, dropout layers
-    included, the adapters that are not active, and after which epoch the file
-    was written.
+    included, and of torch's own, which Keras's dropout uses there; the adapters
+    that are not active; and after which epoch the file was written.
     """
 
     _finished_epochs = 0
     _restored_epochs = None  # Set while callbacks restore a run.
+    _restored_states: dict = {}  # noqa: RUF012
 
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
         """As `keras.Model.save`, adapters and all; the file is atomic.
@@ -71,19 +75,26 @@ class Saving:
             self.optimizer.build(self.trainable_variables)
         return super().load_weights(*args, **kwargs)
 
+    def __reduce__(self):
+        # Keras unpickles by a method of the class, which has to have a name
+        # that can be imported.
+        function, arguments = super().__reduce__()
+        return getattr(keras.Model, function.__name__), arguments
+
     def get_compile_config(self):
         """As `keras.Model.get_compile_config`, for every backend and task.
 
         Arguments of a task's own `compile`, such as a sampler, are kept, too.
         """
         config = super().get_compile_config()
-        if config is None:
-            return None
+        if not config:
+            return config
         for name in inspect.signature(self.compile).parameters:
             if name not in config and getattr(self, name, None) is not None:
                 config[name] = keras.saving.serialize_keras_object(
                     getattr(self, name)
                 )
+        _name_publicly(config["optimizer"])
         if config.get("jit_compile") and keras.config.backend() != "torch":
             # Elsewhere it is the default; there it is another compiler.
             config["jit_compile"] = "auto"
@@ -104,22 +115,33 @@ class Saving:
         super().save_own_variables(store)
         store[_RANDOM_STATES] = self._random_states()
         store[_EPOCHS] = np.array(self._finished_epochs)
+        for device, state in global_random_states().items():
+            store[f"{_GLOBAL}{device}"] = state
         for key, array in self._inactive_arrays():
             store[key] = array
 
     def load_own_variables(self, store):
         self._find_allocator()
         keys = set(store.keys())
-        extra = {_RANDOM_STATES, _EPOCHS} & keys
-        extra |= {key for key in keys if key.startswith(_INACTIVE)}
+        inactive = {key for key in keys if key.startswith(_INACTIVE)}
+        states = {key for key in keys if key.startswith(_GLOBAL)}
+        ours = inactive | states | {_RANDOM_STATES, _EPOCHS}
         # Keras counts the entries of weights alone.
-        super().load_own_variables({key: store[key] for key in keys - extra})
+        super().load_own_variables({key: store[key] for key in keys - ours})
         if _RANDOM_STATES in keys:
             self._set_random_states(np.array(store[_RANDOM_STATES]))
         if _EPOCHS in keys:
             self._finished_epochs = int(np.array(store[_EPOCHS]))
             self._restored_epochs = self._finished_epochs
-        self._load_inactive(store, extra - {_RANDOM_STATES, _EPOCHS})
+        self._restored_states = {
+            key.removeprefix(_GLOBAL): np.array(store[key]) for key in states
+        }
+        self._load_inactive(store, inactive)
+
+    def _go_on_with_random_states(self):
+        """Let the first `fit` after loading draw what the saved one would."""
+        set_global_random_states(self._restored_states)
+        self._restored_states = {}
 
     def _generators(self):
         """States of all seed generators of the model, in a fixed order."""
@@ -151,7 +173,7 @@ class Saving:
         for name in sorted(self._inactive_adapters):
             tensors = self._inactive_adapters[name].tensors
             for array in tensors.values():
-                yield f"{_INACTIVE}_{position}", array
+                yield f"{_INACTIVE}{position}", array
                 position += 1
 
     def _load_inactive(self, store, keys):
@@ -169,6 +191,20 @@ class Saving:
             )
         for key, array in expected.items():
             array[...] = np.array(store[key]).astype(array.dtype)
+
+
+def _name_publicly(config):
+    """Let a serialized optimizer name the class that every backend has.
+
+    On torch, Keras gives each of its optimizers a subclass, which other
+    backends cannot load.
+    """
+    if not isinstance(config, dict):
+        return
+    if str(config.get("module")).startswith("keras.src.backend."):
+        config.update(module="keras.optimizers", registered_name=None)
+    for value in config.values():
+        _name_publicly(value)
 
 
 @contextlib.contextmanager

@@ -94,6 +94,15 @@ class NSampleTrainStep:
         )
 
 
+def global_random_states():
+    """All random state is in the model's own generators here."""
+    return {}
+
+
+def set_global_random_states(states):
+    """There is none to restore, whatever another backend has written."""
+
+
 @contextlib.contextmanager
 def state_kept(model):
     """Give the model its variables back when an error ends a loop.

@@ -39,6 +39,15 @@ class NSampleTrainStep:
         )
 
 
+def global_random_states():
+    """All random state is in the model's own generators here."""
+    return {}
+
+
+def set_global_random_states(states):
+    """There is none to restore, whatever another backend has written."""
+
+
 def state_kept(model):
     """Variables keep their values here, whatever happens."""
     return contextlib.nullcontext()

@@ -44,6 +44,29 @@ def state_kept(model):
     return contextlib.nullcontext()
 
 
+def global_random_states():
+    """State of torch's own generators, which Keras's dropout draws from.
+
+    Returns:
+        Dictionary of device -> array of bytes.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"cuda:{index}"] = state
+    return {device: state.numpy() for device, state in states.items()}
+
+
+def set_global_random_states(states):
+    """Restore what `global_random_states` returned, where devices are alike."""
+    for device, state in states.items():
+        state = torch.from_numpy(state)
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif int(device.partition(":")[2]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
+
+
 def _detach(tensor):
     detached = tensor.detach()
     instances.copy_mask(tensor, detached)
