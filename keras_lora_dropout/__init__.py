@@ -2,6 +2,7 @@
 
 from keras_lora_dropout.callbacks import EnsembleEvaluation
 from keras_lora_dropout.conversion.enable import enable_lora_dropout
+from keras_lora_dropout.conversion.import_peft import import_peft
 from keras_lora_dropout.conversion.lora_dropout_model import LoRADropoutModel
 from keras_lora_dropout.core.rank_budget import RankBudget
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutDense
@@ -22,4 +23,5 @@ __all__ = [
     "LoRADropoutModel",
     "RankBudget",
     "enable_lora_dropout",
+    "import_peft",
 ]

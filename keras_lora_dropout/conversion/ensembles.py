@@ -209,6 +209,10 @@ class _EnsembleState:
         self.random = random_source
         self._functions = {}
 
+    def forget(self):
+        """Drop all functions: the model computes something else now."""
+        self._functions = {}
+
     def functions(self, request, compilation):
         """Return the `(predict, test)` functions kept, or `(None, None)`."""
         known, functions = self._functions.get(request, (None, (None, None)))

@@ -8,6 +8,7 @@ import keras
 
 from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
 from keras_lora_dropout.conversion.ensembles import EnsembleMethods
+from keras_lora_dropout.conversion.peft_exchange import PeftExchange
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
@@ -42,7 +43,9 @@ class SamplingSettings:
         validation.word("sampling", self.sampling, validation.SAMPLINGS)
 
 
-class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
+class AdaptedModel(
+    AdaptiveRank, PeftExchange, EnsembleMethods, NSampleTrainStep
+):
     """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
 
     It is mixed in front of a Keras model class. `fit` minimises the N-sample
@@ -167,6 +170,7 @@ class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
         self.train_function = None
         self.test_function = None
         self.predict_function = None
+        self._ensemble_state.forget()
         optimizer = getattr(self, "optimizer", None)
         if optimizer is not None and optimizer.built:
             self.optimizer = type(optimizer).from_config(optimizer.get_config())

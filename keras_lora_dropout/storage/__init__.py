@@ -1,0 +1,1 @@
+"""Files: what an adapter looks like on disk."""
