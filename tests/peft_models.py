@@ -58,8 +58,9 @@ def inputs(model, twin):
     return {name: data[name] for name in model.input}
 
 
-def logits(model, twin, **ensemble):
+def logits(model, twin, *, run_eagerly=False, **ensemble):
     """What the model predicts, or an ensemble of it, at real tokens."""
+    model.run_eagerly = run_eagerly
     x = inputs(model, twin)
     if ensemble:
         outputs = model.ensemble_predict(x, verbose=0, **ensemble)

@@ -4,6 +4,7 @@
 models; `peft_twins.py` says what both sides are.
 """
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -22,6 +23,8 @@ from keras_lora_dropout.architectures.huggingface.twin import (
 )
 from keras_lora_dropout.storage.tensor_files import read_tensors
 
+# Each tiny model runs once or twice: not worth compiling.
+logits = functools.partial(peft_models.logits, run_eagerly=True)
 ORACLE = pathlib.Path(__file__).parent / "peft_exchange_oracle.py"
 KINDS = ["lora", "adalora"]
 by_twin = pytest.mark.parametrize(
@@ -82,8 +85,8 @@ def exported(folder):
                 seed=peft_twins.SEED,
             )
             name = f"{twin.name}.{kind}"
-            ours[name] = peft_models.logits(model, twin)
-            ours[f"{name}.ensemble"] = peft_models.logits(
+            ours[name] = logits(model, twin)
+            ours[f"{name}.ensemble"] = logits(
                 model,
                 twin,
                 num_samples=peft_twins.INSTANCES,
@@ -96,9 +99,7 @@ def exported(folder):
 @by_twin
 def test_the_base_models_agree(folder, made, twin):
     model = peft_models.plain(twin, folder)
-    assert_close(
-        peft_models.logits(model, twin), made[f"{twin.name}.base"], TOLERANCE
-    )
+    assert_close(logits(model, twin), made[f"{twin.name}.base"], TOLERANCE)
     expected = read_tensors(folder / twin.name / "base" / "model.safetensors")
     weights = huggingface_weights(model)
     assert set(expected) <= set(weights)
@@ -117,7 +118,7 @@ def test_imports_compute_what_peft_does(folder, made, twin, kind):
     )
     expected = made[f"{twin.name}.{kind}"]
     assert np.abs(expected - made[f"{twin.name}.base"]).max() > 1e-2
-    assert_close(peft_models.logits(model, twin), expected, TOLERANCE)
+    assert_close(logits(model, twin), expected, TOLERANCE)
 
 
 @by_kind

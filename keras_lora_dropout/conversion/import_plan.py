@@ -32,7 +32,7 @@ class ImportPlan:
         self._adapter, self._problems = read_peft(directory)
         self.modules = {}
         self._find_modules(twin)
-        self._head = self._find_saved(twin)
+        self._saved = self._find_saved(twin)
 
     def _find_modules(self, twin):
         """Find the layer of each module of the adapter, and check its shape."""
@@ -152,8 +152,11 @@ class ImportPlan:
         for path, layer in self.model.adapted_layers:
             if path in self.modules:
                 _replace(layer, self.modules[path])
-        for variable, value in self._head:
+        for variable, value in self._saved:
             variable.assign(value)
+        allocator = self.model.rank_allocator
+        if allocator is not None:
+            allocator.ranks = [layer.lora_rank for _, layer in allocator.layers]
         self.model._mask_plan = None
         self.model._forget_compiled_state()
 

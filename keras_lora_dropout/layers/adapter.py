@@ -9,6 +9,7 @@ from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.instances import check_rows
+from keras_lora_dropout.core.keras_internals import forget_weights
 from keras_lora_dropout.core.keras_internals import unlocked
 
 _RANDOM_STATE = "seed_generator_state"
@@ -104,8 +105,8 @@ class LoRADropoutAdapter:
         self.lora_alpha = float(alpha)
         if rank != self.lora_rank:
             trainable = [factor.trainable for factor in self.factors]
-            for name in self.factor_names:
-                delattr(self, name)
+            # `delattr` would collect all garbage for each of them.
+            forget_weights(self, self.factors)
             self.lora_rank = rank
             self._create_factors(self._axes, ["zeros"] * len(values))
             for factor, trains in zip(self.factors, trainable, strict=True):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 import re
+import sys
 
 # Settings that make the adapter compute something else than `scaling * B A`,
 # or change weights that are not in the file. Absent or false: no matter.
@@ -50,7 +51,8 @@ class PeftSettings:
     def rank_of(self, module):
         """Return the rank of a module's factors in the file."""
         if self.is_adaptive:
-            return sum(self.rank_pattern.get(module, [True] * self.rank))
+            kept = self.rank_pattern.get(module)
+            return self.rank if kept is None else sum(kept)
         return _matching(self.rank_pattern, module, self.rank)
 
     def scaling_of(self, module):
@@ -141,7 +143,7 @@ def _fits(settings, name, key, value):
     if settings.is_adaptive:
         return isinstance(value, list) and all(v in (0, 1) for v in value)
     try:
-        re.compile(key)
+        re.compile(_ending(key))
     except re.error:
         return False
     if name == "rank_pattern":
@@ -155,16 +157,22 @@ def _is_rank(value):
 
 
 def _is_number(value):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _matching(pattern, module, default):
     """Look a module up as PEFT does: the first key that fits its end."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_ending(key), module):
             return value
     return default
+
+
+def _ending(key):
+    """The regular expression that PEFT makes of a pattern's key."""
+    return rf"(.*\.)?({key})$"
 
 
 def _module_of(key):

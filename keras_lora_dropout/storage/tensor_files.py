@@ -12,7 +12,7 @@ def read_tensors(path):
     """Read a safetensors file; floating-point numbers become float32.
 
     Returns:
-        Dictionary of name -> array, `None` for tensors of other kinds.
+        Dictionary of name -> array, sorted; `None` for tensors of other kinds.
 
     Raises:
         ValueError: If the file is no safetensors file, or not a whole one.
@@ -24,7 +24,8 @@ def read_tensors(path):
             f'"{path}" is no whole safetensors file: {error}. It may be '
             "truncated or damaged; copy it again from where it was written."
         ) from error
-    return {name: _array(entry) for name, entry in tensors}
+    entries = dict(tensors)
+    return {name: _array(entries[name]) for name in sorted(entries)}
 
 
 def metadata_of(path):

@@ -81,6 +81,15 @@ class HuggingFaceTwin:
                     found[name] = layer, variable
         return found
 
+    def nameless(self):
+        """Return paths of the model's weights that have no name there."""
+        named = {id(variable) for _, variable in self.variables().values()}
+        return [
+            f"{path}/{variable.name}"
+            for path, _, variable in self._own_variables()
+            if id(variable) not in named
+        ]
+
     def saved_variables(self):
         """Return the weights that PEFT stores as they are.
 
@@ -92,31 +101,33 @@ class HuggingFaceTwin:
         Raises:
             ValueError: If such a weight has no name at Hugging Face.
         """
-        names = {id(v): name for name, (_, v) in self.variables().items()}
-        backbone = backbone_of(self.model)
-        inside = {id(layer) for layer in descendants(backbone)}
-        saved, unknown = {}, []
-        for path, layer in self._layers.items():
-            for variable in own_variables(layer):
-                is_head = id(layer) not in inside
-                if variable.name.startswith("lora_"):
-                    continue
-                if not is_head and not variable.trainable:
-                    continue
-                if id(variable) in names:
-                    saved[names[id(variable)]] = layer, variable
-                else:
-                    unknown.append(f"{path}/{variable.name}")
-        if unknown:
+        inside = {id(layer) for layer in descendants(backbone_of(self.model))}
+        wanted = {
+            id(variable): f"{path}/{variable.name}"
+            for path, layer, variable in self._own_variables()
+            if variable.trainable or id(layer) not in inside
+        }
+        saved = {
+            name: (layer, variable)
+            for name, (layer, variable) in self.variables().items()
+            if wanted.pop(id(variable), None) is not None
+        }
+        if wanted:
             raise ValueError(
                 f'Model "{self.model.name}" has weights outside its adapters '
                 "that belong into the export, but have no name at Hugging "
-                f"Face: {unknown}. Known are the heads of text classifiers "
-                "(BERT, RoBERTa, DeBERTaV3) and of causal language models. "
-                "Export the backbone's adapters from such a task, or freeze "
-                "these weights."
+                f"Face: {list(wanted.values())}. Known are backbones, text "
+                "classifiers (BERT, RoBERTa, DeBERTaV3) and causal language "
+                "models. Export from such a model, or freeze these weights."
             )
         return saved
+
+    def _own_variables(self):
+        """Yield `(path, layer, variable)` of all weights but adapters'."""
+        for path, layer in self._layers.items():
+            for variable in own_variables(layer):
+                if not variable.name.startswith("lora_"):
+                    yield path, layer, variable
 
     def module_to_save(self, weight):
         """Return the module as which PEFT stores a weight."""
@@ -163,9 +174,15 @@ def huggingface_weights(model):
         Dictionary of weight name -> NumPy array, float32.
 
     Raises:
-        ValueError: If the architecture is not known.
+        ValueError: If the architecture, or a part of the model, is not known.
     """
     twin = HuggingFaceTwin(model)
+    nameless = twin.nameless()
+    if nameless:
+        raise ValueError(
+            f'Model "{model.name}" has weights without a known name at Hugging '
+            f"Face: {nameless}."
+        )
     found = {
         name: twin.value_of(name, layer, variable)
         for name, (layer, variable) in twin.variables().items()
