@@ -64,15 +64,24 @@ def base_of(twin, folder):
     return model_class.from_pretrained(folder / "base").eval()
 
 
-def logits_of(model, twin):
+def logits_of(model, twin, adapters=()):
+    """Logits at real tokens; with `adapters`, of all of them in one pass."""
     import torch
 
     ids, mask = peft_twins.inputs(twin.padding)
+    tiled = np.tile((ids, mask), (1, max(1, len(adapters)), 1))
+    options = {}
+    if adapters:
+        options["adapter_names"] = [name for name in adapters for _ in ids]
     with torch.no_grad():
         logits = model(
-            input_ids=torch.from_numpy(ids).long(),
-            attention_mask=torch.from_numpy(mask).long(),
+            input_ids=torch.from_numpy(tiled[0]).long(),
+            attention_mask=torch.from_numpy(tiled[1]).long(),
+            **options,
         ).logits
+    if adapters:
+        logits = logits.reshape(len(adapters), len(ids), *logits.shape[1:])
+        logits = logits.mean(dim=0)
     return peft_twins.of_tokens(logits.numpy(), mask)
 
 
@@ -156,6 +165,9 @@ def read(folder):
             for n, name in enumerate(names):
                 model.set_adapter(_short(name))
                 results[f"{twin.name}.{kind}.{n}"] = logits_of(model, twin)
+            if twin.in_one_pass:
+                logits = logits_of(model, twin, [*map(_short, names)])
+                results[f"{twin.name}.{kind}.in_one_pass"] = logits
     np.savez(folder / "read.npz", **results)
 
 

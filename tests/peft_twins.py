@@ -49,6 +49,9 @@ class Twin:
         keras_backbone: Arguments of KerasHub's backbone where KerasHub has no
             converter: weights go from KerasHub to Hugging Face then.
         padding: Token of the padding.
+        in_one_pass: Whether PEFT can run several adapters on one batch. It
+            cannot with a head of more than one layer (RoBERTa), or where a
+            layer is called on something without a batch (DeBERTaV3).
     """
 
     name: str
@@ -59,6 +62,7 @@ class Twin:
     adalora: dict
     keras_backbone: dict | None = None
     padding: int = 0
+    in_one_pass: bool = True
 
     @property
     def is_classifier(self):
@@ -104,6 +108,7 @@ TWINS = [
         {"target_modules": ["query", "key", "value", "output.dense"]},
         {"target_modules": r".*encoder\.layer\.\d\.output\.dense"},
         padding=1,
+        in_one_pass=False,
     ),
     Twin(
         "deberta_v3",
@@ -147,6 +152,7 @@ TWINS = [
             "max_sequence_length": 12,
             "bucket_size": 4,
         },
+        in_one_pass=False,
     ),
     Twin(
         "llama",

@@ -138,3 +138,7 @@ def test_peft_averages_exported_instances_to_our_ensemble(exported, twin, kind):
     members = [theirs[f"{name}.{n}"] for n in range(peft_twins.INSTANCES)]
     assert np.abs(members[0] - members[1]).max() > 1e-2
     assert_close(ours[f"{name}.ensemble"], np.mean(members, axis=0), TOLERANCE)
+    if twin.in_one_pass:
+        assert_close(
+            ours[f"{name}.ensemble"], theirs[f"{name}.in_one_pass"], TOLERANCE
+        )
