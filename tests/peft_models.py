@@ -78,6 +78,7 @@ def adapted(twin, folder, kind):
     layers = [layer for _, layer in model.adapted_layers]
     set_random([factor for layer in layers for factor in layer.factors], seed=7)
     set_random(model.trainable_weights, seed=6, scale=0.4)
+    layers[2].lora_alpha *= 2  # Strengths differ from layer to layer.
     if kind == "adalora":
         _prune(model)
         if twin.is_classifier:
