@@ -2,6 +2,7 @@
 
 from keras_lora_dropout.callbacks import EnsembleEvaluation
 from keras_lora_dropout.conversion.enable import enable_lora_dropout
+from keras_lora_dropout.conversion.import_peft import import_peft
 from keras_lora_dropout.conversion.lora_dropout_model import LoRADropoutModel
 from keras_lora_dropout.conversion.unmerging import unmerge_adapters
 from keras_lora_dropout.core.rank_budget import RankBudget
@@ -23,5 +24,6 @@ __all__ = [
     "LoRADropoutModel",
     "RankBudget",
     "enable_lora_dropout",
+    "import_peft",
     "unmerge_adapters",
 ]

@@ -492,15 +492,15 @@ class FaultyDisk:
 
 
 NEW = {"rank": 3}, {"block/query/lora_kernel_a": np.zeros(4, "float32")}
-WRITE = ["open", "write", "fsync", "replace"]
+WRITE = ["open", "write", "open", "fsync", "replace"]
 SYNC_DIRECTORY = ["open", "fsync"]  # Not every system can; it goes on then.
 STEPS = [*WRITE, *SYNC_DIRECTORY, *WRITE, *SYNC_DIRECTORY, "unlink"]
-REPLACED = 9  # The step that gives `adapters.json` its new content.
+REPLACED = 11  # The step that gives `adapters.json` its new content.
 
 
 @pytest.mark.parametrize("step", range(len(STEPS)))
 def test_a_failure_leaves_the_old_or_the_new(saved, monkeypatch, step):
-    fails = step <= REPLACED and step not in (4, 5)
+    fails = step <= REPLACED and step not in (5, 6)
     with monkeypatch.context() as patch:
         disk = FaultyDisk(patch, step, kill=False)
         if fails:

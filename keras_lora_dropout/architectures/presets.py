@@ -15,7 +15,7 @@ import tempfile
 import keras
 import keras_hub
 
-from keras_lora_dropout.storage.replacing import flush_to_disk
+from keras_lora_dropout.storage.atomic import force_to_disk
 
 _BASES = keras_hub.models.Task, keras_hub.models.Backbone
 
@@ -52,7 +52,7 @@ def written_preset(preset_dir):
         yield folder
         for path, _, names in os.walk(folder):
             for name in names:
-                flush_to_disk(os.path.join(path, name))
+                force_to_disk(os.path.join(path, name))
         os.chmod(folder, 0o777 & ~_umask())
         if target.is_dir():
             shutil.copytree(folder, target, dirs_exist_ok=True)

@@ -294,7 +294,10 @@ def _expected_tensors(model, settings):
         dtype = backend.standardize_dtype(variable.dtype)
         yield name, (tuple(variable.shape), dtype)
     if settings["rank_budget"] and settings["rank_record"] is None:
-        yield from _expected_rank_tensors(settings["layers"])
+        wanted = settings["layers"]
+        yield from _expected_rank_tensors(
+            [wanted[path] for path in layers if path in wanted]
+        )
 
 
 def head_variables(model):
@@ -360,7 +363,7 @@ def _rank_variables(model):
 def _expected_rank_tensors(layers):
     sizes = [
         (layer["rank"], layer["input_dim"], layer["output_dim"])
-        for layer in layers.values()
+        for layer in layers
         if layer["kind"] == "AdaLoRA"
     ]
     for name, expected in state_shapes(sizes).items():

@@ -12,6 +12,7 @@ from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
 from keras_lora_dropout.conversion.ensembles import COMPILED_FUNCTIONS
 from keras_lora_dropout.conversion.ensembles import EnsembleMethods
 from keras_lora_dropout.conversion.merging import Merging
+from keras_lora_dropout.conversion.peft_exchange import PeftExchange
 from keras_lora_dropout.conversion.run_callbacks import with_run_callbacks
 from keras_lora_dropout.conversion.saving import Saving
 from keras_lora_dropout.conversion.targets import layer_paths
@@ -49,7 +50,13 @@ class SamplingSettings:
 
 
 class AdaptedModel(
-    Saving, Adapters, Merging, AdaptiveRank, EnsembleMethods, NSampleTrainStep
+    Saving,
+    Adapters,
+    Merging,
+    PeftExchange,
+    AdaptiveRank,
+    EnsembleMethods,
+    NSampleTrainStep,
 ):
     """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
 

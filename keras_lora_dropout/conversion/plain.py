@@ -111,17 +111,22 @@ def as_plain(model, layers=True):
 
 
 def strip(model):
-    """Take everything off a model that adapting it added, in place."""
+    """Take everything off a model that adapting it added, in place.
+
+    A subclass of `LoRADropoutModel` with a `call` of its own has no plain class
+    behind it: it stays what it is, with plain layers.
+    """
     cls, flags = model.plain_class(), model._plain_trainable
     model._forget_compiled_state()
     unguard_containers(model)
-    if model.rank_allocator is not None:
-        model.rank_allocator.forget(model)
+    model._replace_allocation(None, None)
     for layer in list(descendants(model)):
         if isinstance(layer, LoRADropoutAdapter):
             unadapt(layer)
-    forget_attributes(model, [n for n in ATTRIBUTES if n in vars(model)])
-    model.__class__ = cls
+    model._mask_plan = None
+    if cls is not keras.Model:
+        forget_attributes(model, [n for n in ATTRIBUTES if n in vars(model)])
+        model.__class__ = cls
     if flags is not None:
         set_trainable_flags(model, flags)
 

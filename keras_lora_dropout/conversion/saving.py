@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_lora_dropout.storage.replacing import replacing
+from keras_lora_dropout.storage.atomic import replacing
 from keras_lora_dropout.training.backend import global_random_states
 from keras_lora_dropout.training.backend import set_global_random_states
 

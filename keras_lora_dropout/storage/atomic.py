@@ -8,55 +8,74 @@ import secrets
 _SUFFIX = ".tmp"
 
 
-def write_atomically(path, data):
-    """Replace the content of a file, all at once.
+@contextlib.contextmanager
+def replacing(path, suffix=_SUFFIX):
+    """Write to a temporary file that takes a path's place at the end.
 
-    The data goes to a temporary file next to it, is forced to the disk, and
-    takes the name of the file in one step. Whoever reads the file at any
-    moment, even after a power failure, finds the old content or the new.
+    The temporary file lies in the same directory. Its content is forced to the
+    disk, and it takes the name of the file in one step: whoever reads the file
+    at any moment, even after a power failure, finds the old content or the new.
 
     Args:
         path: Path of the file; its directory must exist.
-        data: Bytes.
+        suffix: String that the temporary name ends in.
+
+    Yields:
+        `pathlib.Path` to write to.
 
     Raises:
         OSError: If the operating system refuses a step. The file is unchanged
             then, and the temporary file is removed.
     """
     path = pathlib.Path(path)
+    for leftover in leftovers(path.parent, path.name, suffix):
+        leftover.unlink(missing_ok=True)
     token = secrets.token_hex(8)
-    temporary = path.with_name(f".{path.name}.{token}{_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{token}{suffix}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        if path.exists():
+            temporary.chmod(path.stat().st_mode & 0o777)
+        force_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_directory(path.parent)
+    with contextlib.suppress(OSError):  # Some systems open no directories.
+        force_to_disk(path.parent)
 
 
-def leftovers(directory, pattern):
+def write_atomically(path, data):
+    """Replace the content of a file, all at once, see `replacing`.
+
+    Args:
+        path: Path of the file; its directory must exist.
+        data: Bytes.
+    """
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(data)
+
+
+def leftovers(directory, pattern, suffix=_SUFFIX):
     """Paths of the temporary files that killed writers have left.
 
     Args:
         directory: Path of a directory.
         pattern: Glob pattern of the names of the files that were written.
+        suffix: What their temporary names end in.
 
     Returns:
         List of paths.
     """
-    return list(pathlib.Path(directory).glob(f".{pattern}.*{_SUFFIX}"))
+    return list(pathlib.Path(directory).glob(f".{pattern}.*{suffix}"))
 
 
-def _sync_directory(directory):
-    """Force a new name to the disk, where directories can be opened at all."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def force_to_disk(path):
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What KerasHub's models are called, part by part, at Hugging Face."""
