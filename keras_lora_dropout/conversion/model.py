@@ -7,6 +7,7 @@ import random
 import keras
 
 from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
+from keras_lora_dropout.conversion.deployment import Deployment
 from keras_lora_dropout.conversion.ensembles import EnsembleMethods
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
@@ -42,7 +43,7 @@ class SamplingSettings:
         validation.word("sampling", self.sampling, validation.SAMPLINGS)
 
 
-class AdaptedModel(AdaptiveRank, EnsembleMethods, NSampleTrainStep):
+class AdaptedModel(AdaptiveRank, Deployment, EnsembleMethods, NSampleTrainStep):
     """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
 
     It is mixed in front of a Keras model class. `fit` minimises the N-sample

@@ -6,6 +6,7 @@
 - The graph of a functional model is not readable from an output back.
 - The padding mask that losses read from a tensor has no accessor.
 - The gradients that an optimizer accumulates over batches have none either.
+- On PyTorch, a model lists its parameters when it is built, and never again.
 
 Everything private is here, and a Keras that lacks it is refused by version.
 """
@@ -64,6 +65,16 @@ def forget_weights(layer, variables):
     untrack = _private(layer, "_untrack_variable")
     for variable in variables:
         untrack(variable)
+
+
+def list_parameters(model):
+    """Let PyTorch see all weights of a model, those gained later, too.
+
+    Without it, an export takes the weights that a layer has gained for
+    constants, and refuses those that train.
+    """
+    if keras.config.backend() == "torch":
+        _private(model, "_track_variables")()
 
 
 def copy_mask(source, target, convert=lambda mask: mask):
