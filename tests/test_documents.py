@@ -173,10 +173,17 @@ def filtered(test):
     return test
 
 
+def pages_with_code():
+    for page in PAGES:
+        if blocks(page, "python"):
+            # The exporters to other formats warn of their own insides.
+            exports = page.name == "deployment.md"
+            marks = [pytest.mark.filterwarnings("ignore")] * exports
+            yield pytest.param(page, marks=marks, id=relative(page))
+
+
 @filtered
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=relative
-)
+@pytest.mark.parametrize("page", list(pages_with_code()))
 def test_python_blocks_run(page, presets, monkeypatch):
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(presets))
     namespace = {"__name__": "__main__"}

@@ -9,6 +9,7 @@ import keras
 
 from keras_lora_dropout.conversion.adapters import Adapters
 from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
+from keras_lora_dropout.conversion.deployment import Deployment
 from keras_lora_dropout.conversion.ensembles import COMPILED_FUNCTIONS
 from keras_lora_dropout.conversion.ensembles import EnsembleMethods
 from keras_lora_dropout.conversion.merging import Merging
@@ -54,6 +55,7 @@ class AdaptedModel(
     Adapters,
     Merging,
     PeftExchange,
+    Deployment,
     AdaptiveRank,
     EnsembleMethods,
     NSampleTrainStep,

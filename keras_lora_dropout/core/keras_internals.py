@@ -7,6 +7,7 @@
 - The padding mask that losses read from a tensor has no accessor.
 - The gradients that an optimizer accumulates over batches have none either.
 - The epoch that a callback lets `fit` resume at has no accessor.
+- On PyTorch, a model lists its parameters when it is built, and never again.
 
 Everything private is here, and a Keras that lacks it is refused by version.
 """
@@ -82,6 +83,16 @@ def forget_attributes(layer, names):
                 forget_weights(layer, [value.state])
                 _private(layer, "_tracker").untrack(value)
             object.__delattr__(layer, name)
+
+
+def list_parameters(model):
+    """Let PyTorch see all weights of a model, those gained later, too.
+
+    Without it, an export takes the weights that a layer has gained for
+    constants, and refuses those that train.
+    """
+    if keras.config.backend() == "torch":
+        _private(model, "_track_variables")()
 
 
 def copy_mask(source, target, convert=lambda mask: mask):

@@ -79,10 +79,17 @@ def ensemble_outputs(model, call, request, args, kwargs):
         samples = (
             run(args, kwargs, values[n : n + 1], None) for n in range(count)
         )
-    return _combine(samples, request)
+    return combine(samples, request)
 
 
-def _combine(samples, request):
+def combine(samples, request):
+    """Average outputs, or stack them, as a request says.
+
+    Args:
+        samples: Iterable of the outputs of each instance.
+        request: An `EnsembleRequest`.
+    """
+
     def each(sample, function):
         if request.links is None:
             return sample
