@@ -22,6 +22,18 @@ def unmerge_adapters(model):
     Raises:
         ValueError: If the model was not merged in this process, or if it was
             with `keep_kernels=False`.
+
+    Example:
+
+    >>> model = keras.Sequential([
+    ...     keras.Input((6,)),
+    ...     keras.layers.Dense(8, name="hidden"),
+    ...     keras.layers.Dense(3, name="head"),
+    ... ])
+    >>> model = enable_lora_dropout(model, rank=2)
+    >>> merged = model.merge_adapters()
+    >>> [path for path, _ in unmerge_adapters(merged).adapted_layers]
+    ['hidden']
     """
     undo = merged_models.pop(model, None)
     if undo is None:
