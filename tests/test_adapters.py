@@ -3,6 +3,7 @@
 import json
 
 import families
+import hypothesis
 import keras
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import assert_close
 from helpers import classification_data
 from helpers import randomize
 from helpers import tiny_mlp
+from hypothesis import strategies as st
 from saved_models import KINDS
 from saved_models import compiled
 from saved_models import outputs
@@ -182,6 +184,49 @@ def test_damaged_files_leave_the_model_alone(tmp_path, name, damage):
     before = state(model)
     with pytest.raises((ValueError, FileNotFoundError), match="adapters"):
         model.load_adapters(tmp_path)
+    assert_same(before, state(model))
+
+
+@pytest.fixture(scope="module")
+def saved_mlp(tmp_path_factory):
+    """A model, the directory of its adapter, and the content of the files."""
+    model, folder = adapted_mlp(), tmp_path_factory.mktemp("adapter")
+    model.save_adapters(folder)
+    return model, {path: path.read_bytes() for path in folder.iterdir()}
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(st.data())
+def test_no_damage_changes_the_model(saved_mlp, data):
+    """Flipped bits, lost and added bytes, blocks in another order."""
+    model, files = saved_mlp
+    path = data.draw(st.sampled_from(sorted(files)))
+    content = files[path]
+    place = st.integers(0, len(content) - 1)
+    first, second = sorted([data.draw(place), data.draw(place)])
+    damaged = data.draw(
+        st.sampled_from(
+            [
+                content[:first],
+                content[:first] + content[second:],
+                content[second:] + content[:second],
+                content[:first] + content[second:] + content[first:second],
+                content + content[first:second],
+                content[:first]
+                + bytes([content[first] ^ (1 << (second % 8))])
+                + content[first + 1 :],
+            ]
+        )
+    )
+    before = state(model)
+    try:
+        path.write_bytes(damaged)
+        model.load_adapters(path.parent)
+        assert damaged == content
+    except ValueError:
+        assert damaged != content
+    finally:
+        path.write_bytes(content)
     assert_same(before, state(model))
 
 

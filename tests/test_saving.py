@@ -348,6 +348,17 @@ def test_other_random_generators_are_not_restored_but_said(tmp_path, caplog):
     assert "random generators" in caplog.text
 
 
+def test_what_a_killed_writer_left_is_removed_once_it_is_old(tmp_path):
+    model = KINDS["functional"]()
+    path = tmp_path / "model[1].keras"
+    old, new = (tmp_path / f".{path.name}.{n}.keras" for n in (1, 2))
+    for leftover in (old, new):
+        leftover.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    model.save(path)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, new.name}
+
+
 def test_files_keep_their_permissions(tmp_path):
     model = KINDS["functional"]()
     path = tmp_path / "model.keras"

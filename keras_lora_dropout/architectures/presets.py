@@ -50,14 +50,17 @@ def written_preset(preset_dir):
     folder = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         yield folder
-        for path, _, names in os.walk(folder):
-            for name in names:
-                force_to_disk(os.path.join(path, name))
-        os.chmod(folder, 0o777 & ~_umask())
-        if target.is_dir():
-            shutil.copytree(folder, target, dirs_exist_ok=True)
-        else:
+        for path in _files(folder):
+            force_to_disk(path)
+        if not target.is_dir():
+            os.chmod(folder, 0o777 & ~_umask())
             os.replace(folder, target)
+            return
+        # Other files of the user stay where they are.
+        for path in _files(folder):
+            place = target / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -79,6 +82,10 @@ def name_adapted_class(folder, cls, config):
         "registered_name": _registered_name(cls),
     }
     path.write_text(json.dumps(adapted, indent=4))
+
+
+def _files(folder):
+    return [p for p in sorted(pathlib.Path(folder).rglob("*")) if p.is_file()]
 
 
 def _registered_name(cls):

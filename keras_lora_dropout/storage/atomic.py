@@ -1,11 +1,14 @@
 """Writing a file so that a kill leaves the old content or the new one."""
 
 import contextlib
+import glob
 import os
 import pathlib
 import secrets
+import time
 
 _SUFFIX = ".tmp"
+_OLD_SECONDS = 3600
 
 
 @contextlib.contextmanager
@@ -28,8 +31,7 @@ def replacing(path, suffix=_SUFFIX):
             then, and the temporary file is removed.
     """
     path = pathlib.Path(path)
-    for leftover in leftovers(path.parent, path.name, suffix):
-        leftover.unlink(missing_ok=True)
+    _remove_old_leftovers(path, suffix)
     token = secrets.token_hex(8)
     temporary = path.with_name(f".{path.name}.{token}{suffix}")
     try:
@@ -70,6 +72,14 @@ def leftovers(directory, pattern, suffix=_SUFFIX):
         List of paths.
     """
     return list(pathlib.Path(directory).glob(f".{pattern}.*{suffix}"))
+
+
+def _remove_old_leftovers(path, suffix):
+    """Remove what killed writers left, and nothing that is being written."""
+    for leftover in leftovers(path.parent, glob.escape(path.name), suffix):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _OLD_SECONDS:
+                leftover.unlink()
 
 
 def force_to_disk(path):

@@ -46,6 +46,9 @@ def write_peft(directory, adapter):
         **adapter.settings,
         **config,
     }
+    # A kill between the two files leaves no configuration rather than one of
+    # other tensors.
+    (directory / CONFIG).unlink(missing_ok=True)
     write_atomically(directory / TENSORS, data)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(directory / CONFIG, text.encode("utf-8"))
