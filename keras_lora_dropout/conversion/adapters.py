@@ -47,7 +47,7 @@ class Adapters:
         Raises:
             ValueError: If the model is not built, or if `path` is a file.
         """
-        self.mask_plan  # Raises if there is nothing to save yet.  # noqa: B018
+        self._require_built()
         state = adapter_state.take(self)
         settings = {
             **state.settings,
@@ -81,7 +81,7 @@ class Adapters:
                 model; all differences are named. The model is unchanged then.
         """
         validation.boolean("check_fingerprint", check_fingerprint)
-        self.mask_plan  # noqa: B018
+        self._require_built()
         state, fingerprint = _read(path)
         found = adapter_state.differences(self, state)
         found += adapter_state.kind_differences(self, state)
@@ -130,7 +130,7 @@ class Adapters:
                 f"{self.adapter_names}. Choose another name, or call "
                 "`delete_adapter` first."
             )
-        self.mask_plan  # noqa: B018
+        self._require_built()
         options = {
             "rank": rank,
             "alpha": alpha,

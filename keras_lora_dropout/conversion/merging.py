@@ -47,7 +47,7 @@ class Merging:
             ValueError: If the model is not built.
         """
         validation.boolean("keep_kernels", keep_kernels)
-        self.mask_plan  # noqa: B018
+        self._require_built()
         undo = Unmerged.of(self) if keep_kernels else None
         for _, layer in self.adapted_layers:
             layer._kernel.assign(merged_kernel(layer))

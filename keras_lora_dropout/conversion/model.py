@@ -145,6 +145,10 @@ class AdaptedModel(
             )
         return plan
 
+    def _require_built(self):
+        """Raise `ValueError` unless there are adapted layers that are built."""
+        return self.mask_plan
+
     def _find_mask_plan(self):
         """The `MaskPlan`, or `None` while the model is not ready for one."""
         if self.lora_dropout is None:

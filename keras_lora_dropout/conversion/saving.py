@@ -31,7 +31,7 @@ class Saving:
 
     _finished_epochs = 0
     _restored_epochs = None  # Set while callbacks restore a run.
-    _restored_states: dict = {}  # noqa: RUF012
+    _restored_states = None  # Set until the `fit` after loading.
 
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
         """As `keras.Model.save`, adapters and all; the file is atomic.
@@ -140,8 +140,9 @@ class Saving:
 
     def _go_on_with_random_states(self):
         """Let the first `fit` after loading draw what the saved one would."""
-        set_global_random_states(self._restored_states)
-        self._restored_states = {}
+        if self._restored_states is not None:
+            set_global_random_states(self._restored_states)
+        self._restored_states = None
 
     def _generators(self):
         """States of all seed generators of the model, in a fixed order."""
