@@ -14,7 +14,8 @@ CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
 	tests/test_metrics.py tests/test_rank_budget.py \
 	tests/test_rank_allocation.py tests/test_adalora_agreement.py \
 	tests/test_peft_adalora.py tests/test_peft_differences.py \
-	tests/test_adapters.py tests/test_merging.py tests/test_deployment.py
+	tests/test_adapters.py tests/test_several_adapters.py \
+	tests/test_merging.py tests/test_deployment.py
 
 .PHONY: demo test lint test-jax test-torch test-tensorflow clean
 
