@@ -14,7 +14,7 @@ import saved_models
 
 import keras_lora_dropout as kld
 
-EPOCHS = 40
+EPOCHS = 30
 STEPS = 4  # in each epoch
 
 

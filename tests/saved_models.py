@@ -1,8 +1,9 @@
 """Adapted models of every kind, to save, to kill and to load again.
 
 Run as a program, it loads files in a process that imports nothing but Keras and
-the package: `python saved_models.py data.npz results.npz model.keras...` writes
-what each of them predicts.
+the package: `python saved_models.py data.npz results.npz train model.keras...`
+writes what each of them predicts, and its weights after some more training
+(not with `no` in the place of `train`).
 """
 
 import sys
@@ -157,7 +158,7 @@ def outputs(model, x):
     )
 
 
-def main(data_path, results_path, *model_paths):
+def main(data_path, results_path, trains, *model_paths):
     with np.load(data_path, allow_pickle=False) as inputs:
         inputs = dict(inputs)
     results = {}
@@ -168,7 +169,7 @@ def main(data_path, results_path, *model_paths):
         predicted = outputs(model, x)
         results[f"{path}/predict"], results[f"{path}/ensemble"] = predicted
         results[f"{path}/class"] = type(model).__name__
-        if model.compiled and path not in inputs:
+        if trains == "train" and model.compiled and path not in inputs:
             train(model)
             for index, weight in enumerate(model.get_weights()):
                 results[f"{path}/trained_{index}"] = weight

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 PROGRAM = pathlib.Path(killed_training.__file__)
-KILLS = 22
+KILLS = 20
 
 
 @pytest.fixture

@@ -169,8 +169,10 @@ def files(tmp_path_factory):
 def test_fresh_processes_on_all_backends(files, backend):
     folder, expected = files
     results = folder / f"{backend}.npz"
+    trains = "train" if backend == BACKEND else "no"
+    arguments = folder / "data.npz", results, trains, *expected
     process = subprocess.run(
-        [sys.executable, PROGRAM, folder / "data.npz", results, *expected],
+        [sys.executable, PROGRAM, *arguments],
         env={**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

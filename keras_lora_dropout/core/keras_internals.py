@@ -82,6 +82,10 @@ def forget_attributes(layer, names):
             elif isinstance(value, keras.random.SeedGenerator):
                 forget_weights(layer, [value.state])
                 _private(layer, "_tracker").untrack(value)
+            # On TensorFlow, exports walk the collections that a layer has.
+            collections = getattr(layer, "_tracked", [])
+            if name in collections:
+                collections.remove(name)
             object.__delattr__(layer, name)
 
 
