@@ -125,6 +125,22 @@ def test_an_adapter_from_a_file(tmp_path):
         other.add_adapter("more", path=tmp_path, rank=3)
 
 
+def test_compiled_functions_stay_if_values_alone_change():
+    model = adapted_mlp()
+    x, _ = classification_data()
+    first = model.predict(x, verbose=0)
+    compiled_function = model.predict_function
+    model.add_adapter("same")
+    model.add_adapter("stronger", alpha=9)
+    model.set_adapter("same")
+    assert model.predict_function is compiled_function
+    assert_close(model.predict(x, verbose=0), base_output(model, x), 1e-6)
+    model.set_adapter("default")
+    np.testing.assert_array_equal(model.predict(x, verbose=0), first)
+    model.set_adapter("stronger")
+    assert model.predict_function is None
+
+
 def test_the_ensemble_uses_the_active_one():
     model = adapted_mlp()
     x, y = classification_data()

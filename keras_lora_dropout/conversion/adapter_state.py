@@ -120,7 +120,10 @@ def put(model, state):
     changed = False
     for path, new in settings["layers"].items():
         layer = layers[path]
-        changed |= layer_settings(layer) != new
+        # A seed is of no account once there are factors.
+        changed |= layer_settings(layer) | {"seed": None} != new | {
+            "seed": None
+        }
         switch_kind(layer, adaptive=new["kind"] == "AdaLoRA")
         layer.dropout_rate = new["dropout_rate"]
         layer.rescale = new["rescale"]
