@@ -6,6 +6,7 @@ import logging
 import keras
 
 from keras_lora_dropout.architectures import presets
+from keras_lora_dropout.architectures.deberta_v3 import make_lean
 from keras_lora_dropout.conversion.merging import merged_copy
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.conversion.model import SamplingSettings
@@ -55,7 +56,7 @@ class ConvertedModel(AdaptedModel):
         return attach(model, recipe)
 
 
-def convert(model, settings, seed, rank_budget, plain_trainable):
+def convert(model, settings, seed, rank_budget, plain_trainable, optimize):
     """Give a model with adapted layers the class and state that they need.
 
     Args:
@@ -64,12 +65,16 @@ def convert(model, settings, seed, rank_budget, plain_trainable):
         seed: Integer. Seed of the masks.
         rank_budget: `RankBudget` or `None`.
         plain_trainable: `trainable_flags` of the model before.
+        optimize: Boolean. Whether layers take on their lean form.
     """
     if not isinstance(model, AdaptedModel):
         model.__class__ = converted_class(type(model))
     model._plain_trainable = plain_trainable
     model._start_sampling(settings, seed)
     model._start_allocation(rank_budget)
+    model._optimized = optimize
+    if optimize:
+        make_lean(model)
     guard_containers(model)
     model._forget_compiled_state()
 
@@ -205,6 +210,7 @@ def attach(model, recipe):
         seed=None,
         rank_budget=None,
         plain_trainable=recipe["plain_trainable"],
+        optimize=recipe["optimize"],
     )
     restore(model, recipe)
     return model

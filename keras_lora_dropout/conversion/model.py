@@ -18,6 +18,7 @@ from keras_lora_dropout.conversion.run_callbacks import with_run_callbacks
 from keras_lora_dropout.conversion.saving import Saving
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
@@ -69,6 +70,7 @@ class AdaptedModel(
 
     lora_dropout = None  # SamplingSettings, set by `_start_sampling`.
     _plain_trainable = None  # Set by `enable_lora_dropout`.
+    _optimized = False
 
     @classmethod
     def plain_class(cls):
@@ -157,6 +159,7 @@ class AdaptedModel(
             layers = [layer for _, layer in self.adapted_layers]
             if layers and all(layer.built for layer in layers):
                 self._mask_plan = masks.MaskPlan(layers)
+                shared_prefix.install(self, self._mask_plan)
         return self._mask_plan
 
     def _forget_compiled_state(self):

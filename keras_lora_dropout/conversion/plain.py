@@ -5,7 +5,11 @@ import functools
 
 import keras
 
+from keras_lora_dropout.architectures.deberta_v3 import lean_layers
+from keras_lora_dropout.architectures.deberta_v3 import make_lean
+from keras_lora_dropout.architectures.deberta_v3 import make_stock
 from keras_lora_dropout.conversion.trainable import set_trainable_flags
+from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.layers.adapt import plain_class
@@ -26,6 +30,7 @@ ATTRIBUTES = (
     "_restored_epochs",
     "_restored_states",
     "_mask_plan",
+    "_optimized",
     "_plain_trainable",
     "_request",
     "_adapters_disabled",
@@ -95,9 +100,11 @@ def as_plain(model, layers=True):
         for layer in descendants(model)
         if layers and isinstance(layer, LoRADropoutAdapter)
     ]
+    optimized = lean_layers(model)
     adapted_class = type(model)
     with unguarded(model):
         try:
+            make_stock(model)
             for layer, cls, _ in adapted:
                 layer.__class__ = plain_class(cls)
                 layer.lora_rank = None
@@ -108,6 +115,8 @@ def as_plain(model, layers=True):
             for layer, cls, rank in adapted:
                 layer.__class__ = cls
                 layer.lora_rank = rank
+            if optimized:
+                make_lean(model)
 
 
 def strip(model):
@@ -120,6 +129,8 @@ def strip(model):
     model._forget_compiled_state()
     unguard_containers(model)
     model._replace_allocation(None, None)
+    make_stock(model)
+    shared_prefix.uninstall(model)
     for layer in list(descendants(model)):
         if isinstance(layer, LoRADropoutAdapter):
             unadapt(layer)

@@ -15,6 +15,7 @@ def recipe_of(model):
     """Return how a model was adapted, as plain data."""
     return {
         "sampling": dataclasses.asdict(model.lora_dropout),
+        "optimize": model._optimized,
         "active": model.active_adapter,
         "adapter": adapter_state.settings_of(model),
         "inactive": {

@@ -93,7 +93,7 @@ def einsum_axes(equation, kernel_shape, input_ndim):
     )
 
 
-def low_rank_delta(inputs, factor_a, factor_b, axes):
+def low_rank_delta(inputs, factor_a, factor_b, axes, shared=False):
     """Compute `inputs @ factor_a @ factor_b` on the axes of a kernel.
 
     No tensor of the kernel's size is formed.
@@ -103,7 +103,9 @@ def low_rank_delta(inputs, factor_a, factor_b, axes):
             `groups` equal blocks of rows.
         factor_a: Tensor of shape `(groups, input_dim, rank)`.
         factor_b: Tensor of shape `(groups, rank, output_dim)`.
-        axes: `FactorAxes` of the kernel.
+        axes: `FactorAxes` of the kernel, on which the batch axis leads.
+        shared: Boolean. Whether the leading axis of the input is 1 instead,
+            and all groups share it; that of the result is `groups` then.
 
     Returns:
         Tensor of the layer's output shape.
@@ -119,6 +121,10 @@ def low_rank_delta(inputs, factor_a, factor_b, axes):
         # Flat rows: on CPUs, XLA multiplies matrices far faster than tensors.
         x = ops.reshape(x, (-1, axes.input_dim))
         delta = ops.matmul(ops.matmul(x, factor_a[0]), factor_b[0])
+    elif shared:
+        x = ops.reshape(x, (-1, axes.input_dim))
+        delta = ops.matmul(ops.einsum("sc,gcr->gsr", x, factor_a), factor_b)
+        free_shape = (groups, *free_shape[1:])
     else:
         x = ops.reshape(x, (groups, -1, axes.input_dim))
         delta = ops.matmul(ops.matmul(x, factor_a), factor_b)

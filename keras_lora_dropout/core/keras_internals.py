@@ -3,7 +3,8 @@
 - A built layer gains weights only through its own `enable_lora` or `quantize`,
   and loses none.
 - The sublayers of a layer, as opposed to those of a model, are listed nowhere.
-- The graph of a functional model is not readable from an output back.
+- The graph of a functional model is not readable from an output back, and runs
+  in a method of its own.
 - The padding mask that losses read from a tensor has no accessor.
 - The gradients that an optimizer accumulates over batches have none either.
 - The epoch that a callback lets `fit` resume at has no accessor.
@@ -13,10 +14,12 @@ Everything private is here, and a Keras that lacks it is refused by version.
 """
 
 import contextlib
+import functools
 
 import keras
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
+from keras.src.models.functional import Functional
 
 
 def sublayers(layer):
@@ -46,6 +49,49 @@ def producer(tensor):
     operation, node_index, _ = _private(tensor, "_keras_history")
     node = _private(operation, "_inbound_nodes")[node_index]
     return operation, list(node.input_tensors)
+
+
+def graph_of(operation, cls):
+    """Return the functional model whose graph a call of an operation runs.
+
+    Args:
+        operation: Any Keras operation.
+        cls: Its class; of an adapted model, the plain one.
+
+    Returns:
+        `None` if the call runs no graph, or gradient checkpointing runs it.
+    """
+    if not isinstance(operation, keras.Model):
+        return None
+    if _private(operation, "_remat_mode") is not None:
+        return None
+    if issubclass(cls, keras.Sequential):
+        is_own = cls.call is keras.Sequential.call
+        return _private(operation, "_functional") if is_own else None
+    is_own = issubclass(cls, Functional) and cls.call is Functional.call
+    return operation if is_own else None
+
+
+def run_graph_with(graph, function):
+    """Let a function run the graph of a functional model.
+
+    Args:
+        graph: The functional model.
+        function: Called with `graph`, Keras's own method, and the arguments of
+            that method: `inputs`, `operation_fn`, `call_fn`. `None` lets Keras
+            run it again.
+    """
+    name = "_run_through_graph"
+    vars(graph).pop(name, None)
+    if function is not None:
+        run = functools.partial(function, graph, _private(graph, name))
+        object.__setattr__(graph, name, run)
+
+
+def num_outputs(operation):
+    """Return how many tensors an operation of a graph puts out."""
+    nodes = _private(operation, "_inbound_nodes")
+    return max(len(node.outputs) for node in nodes)
 
 
 @contextlib.contextmanager

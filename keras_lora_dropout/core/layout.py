@@ -1,4 +1,4 @@
-"""Whether a model can run N mask instances as one batch."""
+"""Running N mask instances as one batch, by models that can."""
 
 import contextlib
 import functools
@@ -6,10 +6,13 @@ import functools
 import keras
 from keras import ops
 
+from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core.instances import LAYOUT_ADVICE
 from keras_lora_dropout.core.instances import LayoutError
+from keras_lora_dropout.core.instances import batch_size
 from keras_lora_dropout.core.instances import has_rows
 from keras_lora_dropout.core.instances import split
+from keras_lora_dropout.core.instances import tile
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.masks import Draws
 from keras_lora_dropout.core.masks import use_draws
@@ -46,32 +49,74 @@ def check_parallel_layout(model, forward, inputs, num_instances):
         return
     _check_batch_axis_is_free(model)
     _check_no_batch_statistics(model)
+    plan = model.mask_plan
+    if plan.keeps_prefix:
+        try:
+            _trace(model, forward, inputs, num_instances, spreads_prefix=True)
+            plan.spreads_prefix = True
+        except Exception:
+            pass  # A batch that is laid out from the start may still do.
+    if not plan.spreads_prefix:
+        try:
+            _trace(model, forward, inputs, num_instances, spreads_prefix=False)
+        except Exception as error:
+            # Keras words some errors anew; and not every model can be traced.
+            if isinstance(error, LayoutError) or LAYOUT_ADVICE in str(error):
+                raise
+    plan.layout_checked = True
+
+
+def run_parallel(model, forward, inputs, num_instances):
+    """Run a model under N mask instances at once.
+
+    Args:
+        model: The adapted model; its layout has been checked.
+        forward: Function that runs the model on inputs like `inputs`.
+        inputs: Nested structure of tensors, one batch of one instance.
+        num_instances: Positive integer.
+
+    Returns:
+        The outputs, with leading axes of `num_instances` blocks of rows.
+    """
+    if num_instances == 1:
+        return forward(inputs)
+    if not model.mask_plan.spreads_prefix:
+        return forward(tile(inputs, num_instances))
+    rows = batch_size(inputs)
+    with shared_prefix.spread(model.mask_plan, num_instances, rows):
+        return forward(inputs)
+
+
+def _trace(model, forward, inputs, num_instances, spreads_prefix):
+    """Run a model symbolically, on a batch of a length that nothing else has.
+
+    Raises:
+        LayoutError: If a tensor that has to carry the instances does not.
+        Exception: Whatever the model raises.
+    """
+    plan, state = model.mask_plan, _state_of(model)
     rows = _PROBE_ROWS * num_instances
+    given_rows = _PROBE_ROWS if spreads_prefix else rows
 
     def symbolic(leaf):
         if not has_rows(leaf):
             return leaf
         dtype = keras.backend.standardize_dtype(leaf.dtype)
-        return keras.KerasTensor((rows, *leaf.shape[1:]), dtype)
-
-    state = _state_of(model)
+        return keras.KerasTensor((given_rows, *leaf.shape[1:]), dtype)
 
     def checked(x):
-        values = ops.zeros((num_instances, model.mask_plan.width))
-        with state(), use_draws(Draws(model.mask_plan, values, rows)):
+        values = ops.zeros((num_instances, plan.width))
+        spread = contextlib.nullcontext()
+        if spreads_prefix:
+            spread = shared_prefix.spread(plan, num_instances, given_rows)
+        with state(), use_draws(Draws(plan, values, rows)), spread:
             outputs = forward(x)
         split(outputs, num_instances, rows)
         return outputs
 
-    try:
-        _Forward(checked).compute_output_spec(
-            keras.tree.map_structure(symbolic, inputs)
-        )
-    except Exception as error:
-        # Keras words some errors anew; and not every model can be traced.
-        if isinstance(error, LayoutError) or LAYOUT_ADVICE in str(error):
-            raise
-    model.mask_plan.layout_checked = True
+    _Forward(checked).compute_output_spec(
+        keras.tree.map_structure(symbolic, inputs)
+    )
 
 
 def _state_of(model):

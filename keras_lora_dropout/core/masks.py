@@ -15,6 +15,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora_dropout.core.keras_internals import descendants
+
 _state = threading.local()
 
 
@@ -47,7 +49,23 @@ class MaskPlan:
             stop = self.width + layer.mask_width
             self.columns[id(layer)] = slice(self.width, stop)
             self.width = stop
+        self._touched = {}
+        # Whether instances share what lies before the first adapted layer: one
+        # after another, and in one batch, which is found out at first use.
+        self.keeps_prefix = False
+        self.spreads_prefix = False
         self.layout_checked = False
+
+    def touches(self, operation):
+        """Whether an operation is an adapted layer, or contains one."""
+        if id(operation) not in self._touched:
+            inside = [operation]
+            if isinstance(operation, keras.Layer):
+                inside += descendants(operation)
+            self._touched[id(operation)] = any(
+                id(layer) in self.columns for layer in inside
+            )
+        return self._touched[id(operation)]
 
 
 class Draws:
@@ -59,16 +77,19 @@ class Draws:
             a batch are split into `groups` equal blocks, one mask each. `None`
             for the mean network: no masks.
         rows: Length of the leading axis of the batch, or `None` if unknown.
+        inputs_shared: Boolean. Whether a layer's input has a leading axis of 1
+            that all groups share; its output has one of `groups` then.
     """
 
-    def __init__(self, plan, values=None, rows=None):
-        self.columns = plan.columns
+    def __init__(self, plan, values=None, rows=None, inputs_shared=False):
+        self.plan = plan
         self.values = values
         self.rows = rows
+        self.inputs_shared = inputs_shared
 
     def covers(self, layer):
         """Whether the layer is one of the model's adapted layers."""
-        return id(layer) in self.columns
+        return id(layer) in self.plan.columns
 
     def masks_of(self, layer):
         """Return the 0/1 masks of a layer as NumPy arrays.
@@ -85,7 +106,7 @@ class Draws:
         """Return the layer's draws `(groups, width)`; `None` for no masks."""
         if self.values is None:
             return None
-        return self.values[:, self.columns[id(layer)]]
+        return self.values[:, self.plan.columns[id(layer)]]
 
 
 @contextlib.contextmanager
@@ -97,6 +118,23 @@ def use_draws(draws):
         yield
     finally:
         _state.draws = outer
+
+
+@contextlib.contextmanager
+def shared_inputs():
+    """Let the layers called inside take one input for all mask groups.
+
+    Their inputs have a leading axis of 1, which stands for every row of the
+    batch. A layer with masks returns one output for each group, along the
+    leading axis; any other returns a leading axis of 1.
+    """
+    draws = current_draws()
+    if draws is None:
+        yield
+        return
+    shared = Draws(draws.plan, draws.values, draws.rows, inputs_shared=True)
+    with use_draws(shared):
+        yield
 
 
 def with_draws(draws, function):

@@ -8,6 +8,7 @@ from keras import ops
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import layout
 from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.inference import probabilities
 
 
@@ -60,26 +61,40 @@ def ensemble_outputs(model, call, request, args, kwargs):
     count, plan = request.num_samples, model.mask_plan
     values = ensemble_draws(model, count)
 
-    def run(args, kwargs, values, rows):
-        with masks.use_draws(masks.Draws(plan, values, rows)):
-            return call(model, *args, **kwargs)
+    def forward(inputs):
+        args, kwargs = inputs
+        return call(model, *args, **kwargs)
 
+    inputs = args, kwargs
     if model.lora_dropout.sampling == "parallel" and count > 1:
-        layout.check_parallel_layout(
-            model,
-            lambda structure: call(model, *structure[0], **structure[1]),
-            (args, kwargs),
-            count,
-        )
-        rows = instances.batch_size((args, kwargs)) * count
-        args, kwargs = instances.tile((args, kwargs), count)
-        outputs = run(args, kwargs, values, rows)
+        layout.check_parallel_layout(model, forward, inputs, count)
+        rows = instances.batch_size(inputs) * count
+        with masks.use_draws(masks.Draws(plan, values, rows)):
+            outputs = layout.run_parallel(model, forward, inputs, count)
         samples = iter(instances.split(outputs, count, rows))
     else:
-        samples = (
-            run(args, kwargs, values[n : n + 1], None) for n in range(count)
-        )
+        samples = run_in_turn(plan, lambda: forward(inputs), values)
     return combine(samples, request)
+
+
+def run_in_turn(plan, forward, values):
+    """Run a model under one mask instance after another.
+
+    Args:
+        plan: The model's `MaskPlan`.
+        forward: Function without arguments that calls the model.
+        values: Tensor of shape `(num_instances, plan.width)`, the draws.
+
+    Yields:
+        The outputs of each instance.
+    """
+    count = values.shape[0]
+    kept = shared_prefix.kept_by(plan, forward) if count > 1 else None
+    for n in range(count):
+        draws = masks.Draws(plan, values[n : n + 1])
+        with masks.use_draws(draws), shared_prefix.reuse(kept):
+            outputs = forward()
+        yield outputs
 
 
 def combine(samples, request):

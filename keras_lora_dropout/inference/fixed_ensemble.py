@@ -6,6 +6,7 @@ from keras import ops
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.inference.ensemble import EnsembleRequest
 from keras_lora_dropout.inference.ensemble import combine
+from keras_lora_dropout.inference.ensemble import run_in_turn
 
 
 @keras.saving.register_keras_serializable("keras_lora_dropout")
@@ -76,14 +77,10 @@ class FixedEnsemble(keras.layers.Layer):
                 "copy: `copy.deepcopy(model).as_ensemble()`."
             )
         values = ops.convert_to_tensor(self.mask_draws)
-
-        def outputs_of(n):
-            draws = masks.Draws(self._plan, values[n : n + 1])
-            with masks.use_draws(draws):
-                return self.model(inputs, training=False)
-
-        count = self._request.num_samples
-        return combine((outputs_of(n) for n in range(count)), self._request)
+        samples = run_in_turn(
+            self._plan, lambda: self.model(inputs, training=False), values
+        )
+        return combine(samples, self._request)
 
     def compute_output_spec(self, inputs):
         # The graph of a functional model knows; tracing KerasHub's layers with

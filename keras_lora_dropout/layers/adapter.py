@@ -189,14 +189,24 @@ class LoRADropoutAdapter:
             )
         )
         keep = self._masks(training)
+        shared = False
         if keep is not None:
-            self._check_groups(inputs, keep[0].shape[0], axes)
+            shared = self._shares_inputs()
+            if not shared:
+                self._check_groups(inputs, keep[0].shape[0], axes)
             factor_a = factor_a * ops.expand_dims(keep[0], 2)
             factor_b = factor_b * ops.expand_dims(keep[1], 1)
         scale = masks.delta_scale(
             self.scaling, self.dropout_rate, self.rescale, keep is not None
         )
-        return factors.low_rank_delta(inputs, factor_a, factor_b * scale, axes)
+        return factors.low_rank_delta(
+            inputs, factor_a, factor_b * scale, axes, shared
+        )
+
+    def _shares_inputs(self):
+        """Whether one input stands for the rows of all mask groups."""
+        draws = masks.current_draws()
+        return draws is not None and draws.covers(self) and draws.inputs_shared
 
     def _check_groups(self, inputs, groups, axes):
         if groups == 1:
@@ -212,8 +222,17 @@ class LoRADropoutAdapter:
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:
-            x = self.activation(x)
+            x = self._activate(x, training)
         return x
+
+    def _activate(self, x, training):
+        # JAX would keep every intermediate of the activation for the backward
+        # pass; recomputed from its input, they cost less than their storage.
+        is_plain = self.activation is keras.activations.linear
+        not_training = training is None or training is False
+        if keras.config.backend() != "jax" or not_training or is_plain:
+            return self.activation(x)
+        return keras.remat(self.activation)(x)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Let gradient checkpointing see the masks of the first forward pass.

@@ -14,6 +14,7 @@ from keras import ops
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import layout
 from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import shared_prefix
 
 
 def draw_passes(model, x):
@@ -39,12 +40,25 @@ def draw_passes(model, x):
         return [values[n] for n in range(settings.num_samples)]
     if settings.num_samples > 1:
         layout.check_parallel_layout(
-            model,
-            lambda inputs: model(inputs, training=True),
-            x,
-            settings.num_samples,
+            model, _forward(model), x, settings.num_samples
         )
     return [ops.reshape(values, (settings.num_samples * groups, plan.width))]
+
+
+def kept_prefix(model, x):
+    """Run what the passes of one step share, before the first of them.
+
+    Returns:
+        What `pass_loss` takes; `None` if the passes share nothing, as when
+        there is a single one, or when weights that train are among it.
+    """
+    settings = model.lora_dropout
+    if settings.sampling == "parallel" or settings.num_samples == 1:
+        return None
+    kept = shared_prefix.kept_by(model.mask_plan, lambda: _forward(model)(x))
+    if kept is None or kept.trainable or model.losses:
+        return None
+    return kept
 
 
 def instances_per_pass(model):
@@ -59,12 +73,17 @@ def pass_draws(model, x, values):
     return masks.Draws(model.mask_plan, values, rows)
 
 
-def pass_loss(model, x, y, sample_weight):
+def pass_loss(model, x, y, sample_weight, kept):
     """Mean loss over the instances of one pass, and their mean output.
 
     Call it inside `use_draws(pass_draws(...))`. Each instance's loss is the
     model's own `compute_loss` on its own outputs, so that every loss,
     reduction, weight and custom `compute_loss` keeps its meaning.
+
+    Args:
+        model: The adapted model.
+        x, y, sample_weight: The batch.
+        kept: What `kept_prefix` returned for it.
 
     Returns:
         Tuple `(objective, losses, outputs)`: the scalar to differentiate, the
@@ -73,7 +92,8 @@ def pass_loss(model, x, y, sample_weight):
         the optimizer's loss scale, where there are such.
     """
     count = instances_per_pass(model)
-    outputs = model(instances.tile(x, count), training=True)
+    with shared_prefix.reuse(kept):
+        outputs = layout.run_parallel(model, _forward(model), x, count)
     rows = instances.batch_size(x) * count
     samples = instances.split(outputs, count, rows)
     compute_loss = _compute_loss(model)
@@ -114,6 +134,10 @@ def update_metrics(model, x, y, outputs, sample_weight, losses):
     if model.rank_allocator is not None:
         losses.update(model.rank_allocator.logs())
     return {**logs, **losses}
+
+
+def _forward(model):
+    return lambda inputs: model(inputs, training=True)
 
 
 def _compute_loss(model):

@@ -41,7 +41,7 @@ class NSampleTrainStep:
                 use_draws(draws),
             ):
                 total, losses, outputs = objective.pass_loss(
-                    self, x, y, sample_weight
+                    self, x, y, sample_weight, kept
                 )
             non_trainable = _values(scope, self.non_trainable_variables)
             metrics = _values(scope, self.metrics_variables)
@@ -61,6 +61,7 @@ class NSampleTrainStep:
             (self.non_trainable_variables, non_trainable),
         ) as scope:
             passes = objective.draw_passes(self, x)
+            kept = objective.kept_prefix(self, x)
         non_trainable = _values(scope, self.non_trainable_variables)
 
         (non_trainable, metrics), (gradients, losses, outputs) = _mean_over(

@@ -16,6 +16,8 @@ class NSampleTrainStep:
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         weights = list(self.trainable_weights)
+        passes = objective.draw_passes(self, x)
+        kept = objective.kept_prefix(self, x)
 
         def run_pass(values):
             # Gradient checkpointing runs the forward pass again in `gradient`
@@ -23,14 +25,14 @@ class NSampleTrainStep:
             with use_draws(objective.pass_draws(self, x, values)):
                 with tf.GradientTape() as tape:
                     total, losses, outputs = objective.pass_loss(
-                        self, x, y, sample_weight
+                        self, x, y, sample_weight, kept
                     )
                 gradients = tape.gradient(total, weights)
             gradients = [_dense(gradient) for gradient in gradients]
             return losses, outputs, gradients
 
         losses, outputs, gradients = instances.mean(
-            run_pass(values) for values in objective.draw_passes(self, x)
+            run_pass(values) for values in passes
         )
         with objective.around_update(self, weights, gradients):
             self.optimizer.apply(gradients, weights)

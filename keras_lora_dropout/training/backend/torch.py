@@ -16,13 +16,14 @@ class NSampleTrainStep:
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         passes = objective.draw_passes(self, x)
+        kept = objective.kept_prefix(self, x)
 
         def run_pass(values):
             # Gradient checkpointing runs the forward pass again in `backward`
             # and needs its masks there.
             with use_draws(objective.pass_draws(self, x, values)):
                 total, losses, outputs = objective.pass_loss(
-                    self, x, y, sample_weight
+                    self, x, y, sample_weight, kept
                 )
                 (total / len(passes)).backward()
             return keras.tree.map_structure(_detach, (losses, outputs))

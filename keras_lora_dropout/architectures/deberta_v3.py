@@ -1,0 +1,217 @@
+"""DeBERTaV3's attention, exact and lean.
+
+KerasHub tiles the table of relative positions to the batch, projects all of it
+for each example in every layer, and gathers scores with an index of shape
+(batch, heads, length, length). A score depends on a position through its
+distance from the query alone, so here the table is projected once for each
+mask instance, at the distances that occur, and rows of scores are shifted into
+place.
+Output and gradients are the same.
+
+One thing is drawn otherwise: dropout on the table of positions falls alike on
+all examples of a forward pass, as in the authors' own code
+(https://github.com/microsoft/DeBERTa), instead of on each example apart. What
+any one example sees has the same distribution.
+"""
+
+import functools
+import hashlib
+import inspect
+import logging
+
+import numpy as np
+from keras import ops
+
+from keras_lora_dropout.core.keras_internals import descendants
+from keras_lora_dropout.core.masks import shared_inputs
+
+logger = logging.getLogger("keras_lora_dropout")
+
+_MODULE = "keras_hub.src.models.deberta_v3."
+# Queries are scored in blocks: a block of b queries meets length + b distances
+# instead of 2 * length, but has a copy of its own of their projections.
+_LARGEST_BLOCK = 32
+_FEWEST_ROWS_FOR_BLOCKS = 4
+
+
+class LeanRelativeEmbedding:
+    """Mixin: the table of relative positions, with a leading axis of 1."""
+
+    def call(self, inputs):
+        table = ops.convert_to_tensor(self.rel_embeddings)
+        return self.layer_norm(ops.expand_dims(table, axis=0))
+
+
+class LeanDisentangledSelfAttention:
+    """Mixin: disentangled attention that projects each distance once."""
+
+    def _compute_attention(
+        self,
+        query,
+        key,
+        value,
+        rel_embeddings,
+        attention_mask=None,
+        training=None,
+    ):
+        rows, length = ops.shape(query)[:2]
+        if not isinstance(length, int):
+            # A length that only the running program knows, as in exports.
+            table = ops.broadcast_to(
+                rel_embeddings, (rows, *rel_embeddings.shape[1:])
+            )
+            return super()._compute_attention(
+                query, key, value, table, attention_mask, training
+            )
+        table = self._position_dropout_layer(rel_embeddings, training=training)
+        # Distance i - j of query i and key j; both tables end with one more.
+        distances = ops.cast(ops.arange(1 - length, length + 1), "int")
+        query = query * self.scale_factor
+        scores = ops.einsum("bihd,bjhd->bhij", query, key)
+        scores += self._scores_of_distances(
+            query, self._key_dense, table, -distances
+        )
+        scores += ops.swapaxes(
+            self._scores_of_distances(
+                key * self.scale_factor, self._query_dense, table, distances
+            ),
+            2,
+            3,
+        )
+        weights = self._masked_softmax(scores, attention_mask)
+        weights = self._attn_dropout_layer(weights, training=training)
+        return ops.einsum("bhij,bjhd->bihd", weights, value), weights
+
+    def _scores_of_distances(self, states, projection, table, distances):
+        """Score contents against the distances to all positions.
+
+        Args:
+            states: Tensor of shape `(rows, length, heads, size)`.
+            projection: Layer from the table's last axis to `(heads, size)`.
+            table: Tensor of shape `(1, 2 * bucket_size, hidden_dim)`.
+            distances: `2 * length` integers. Positions `i` and `j` have the
+                distance in entry `length - 1 - i + j`.
+
+        Returns:
+            Tensor of shape `(rows, heads, length, length)`.
+        """
+        rows, length, heads, size = ops.shape(states)
+        positions = self._project(projection, table, distances)
+        groups = positions.shape[0]
+        block = _block_size(length, groups, rows)
+        blocks, width = length // block, length + block
+        starts = np.arange(length - block, -1, -block)
+        windows = ops.take(
+            positions, starts[:, None] + np.arange(width), axis=1
+        )
+        states = ops.reshape(states, (groups, -1, blocks, block, heads, size))
+        scores = ops.einsum("gbnihd,gnwhd->hngbiw", states, windows)
+        # Row i of a block is shifted to the left by block - 1 - i entries: each
+        # row one entry less than the row before.
+        flat = ops.reshape(scores, (heads, blocks, -1, block * width))
+        flat = flat[..., block - 1 : block - 1 + block * (width - 1)]
+        scores = ops.reshape(flat, (heads, blocks, -1, block, width - 1))
+        scores = ops.transpose(scores[..., :length], (2, 0, 1, 3, 4))
+        return ops.reshape(scores, (-1, heads, length, length))
+
+    def _project(self, projection, table, distances):
+        """Project the table's rows for some distances, for each mask group."""
+        span = self.bucket_size
+        buckets = self._make_log_bucket_position(distances)
+        buckets = ops.clip(buckets + span, 0, 2 * span - 1)
+        with shared_inputs():
+            if distances.shape[0] <= 2 * span:
+                return projection(ops.take(table, buckets, axis=1))
+            return ops.take(projection(table), buckets, axis=1)
+
+
+_MIXINS = {
+    f"{_MODULE}relative_embedding.RelativeEmbedding": LeanRelativeEmbedding,
+    f"{_MODULE}disentangled_self_attention.DisentangledSelfAttention": (
+        LeanDisentangledSelfAttention
+    ),
+}
+# SHA-256 of the source of the classes that the mixins were written against; the
+# same from KerasHub 0.32.0 on.
+_KNOWN_SOURCES = {
+    "RelativeEmbedding": (
+        "13e2205610115d0f6c58186d0da208ad4ae09a019e6f0185afe32f354c66c57f"
+    ),
+    "DisentangledSelfAttention": (
+        "896c69402df66c83b0af23b5c19c15522f563f7f44e59925e601bc24316bfcf2"
+    ),
+}
+
+
+def make_lean(model):
+    """Give DeBERTaV3's attention layers their lean form, in place.
+
+    Nothing is changed, and the reason logged, where KerasHub's code is not the
+    one that this file knows.
+
+    Args:
+        model: A built model with any layers.
+    """
+    layers = [lyr for lyr in descendants(model) if _mixin_of(type(lyr))]
+    classes = {type(layer) for layer in layers}
+    unknown = [cls.__name__ for cls in classes if not _is_known(cls)]
+    if unknown:
+        logger.warning(
+            "DeBERTaV3's attention stays as it is in KerasHub, slower and just "
+            "as exact: the installed version has another %s than those that "
+            "this release of keras_lora_dropout knows.",
+            " and ".join(sorted(unknown)),
+        )
+        return
+    if {_mixin_of(cls) for cls in classes} != set(_MIXINS.values()):
+        return  # Each needs the other.
+    for layer in layers:
+        layer.__class__ = _lean_class(type(layer))
+
+
+def lean_layers(model):
+    """Return `(layer, KerasHub's class)` of the layers in lean form."""
+    mixins = tuple(_MIXINS.values())
+    return [
+        (layer, type(layer).__bases__[1])
+        for layer in descendants(model)
+        if isinstance(layer, mixins)
+    ]
+
+
+def make_stock(model):
+    """Undo `make_lean`."""
+    for layer, cls in lean_layers(model):
+        layer.__class__ = cls
+
+
+@functools.cache
+def _lean_class(cls):
+    # Keras names the weights in its files after classes: the name stays.
+    return type(cls.__name__, (_mixin_of(cls), cls), {})
+
+
+def _mixin_of(cls):
+    return _MIXINS.get(f"{cls.__module__}.{cls.__name__}")
+
+
+@functools.cache
+def _is_known(cls):
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        return False
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    return digest == _KNOWN_SOURCES[cls.__name__]
+
+
+def _block_size(length, groups, rows):
+    """Choose how many queries are scored at once; it divides the length."""
+    if isinstance(rows, int) and rows < _FEWEST_ROWS_FOR_BLOCKS * groups:
+        return length
+    divisors = (
+        size
+        for size in range(_LARGEST_BLOCK, _LARGEST_BLOCK // 4 - 1, -1)
+        if length % size == 0
+    )
+    return next(divisors, length)
