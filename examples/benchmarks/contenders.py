@@ -43,7 +43,7 @@ KERAS = {
         ENSEMBLE,
     ),
     "n4-top": Entry(
-        "LoRA Dropout, N = 4, parallel, top third of the blocks",
+        "LoRA Dropout, N = 4, parallel, top third adapted",
         {"num_samples": 4, "top_third": True},
         ENSEMBLE,
     ),

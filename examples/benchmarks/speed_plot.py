@@ -34,7 +34,7 @@ def draw(content, path):
             _times(
                 axis, place, about["backend"], rows_of(content, about), action
             )
-    axes[-1].set_title("peak memory of a training step, MiB", fontsize=9)
+    axes[-1].set_title("peak memory in training, MiB", fontsize=9)
     for about, place in places:
         _memory(axes[-1], place, about["backend"], rows_of(content, about))
     axes[0].set_yticks(
