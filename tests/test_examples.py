@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
 from helpers import BACKEND
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -56,17 +55,3 @@ def test_demo(tmp_path):
             adapters = 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
             assert row["weights"] == adapters + head
         assert f"{row['weights']:,}" in printed
-
-
-@pytest.mark.parametrize("model", ["bert", "deberta"])
-def test_step_time(tmp_path, model):
-    path = tmp_path / "step_time.json"
-    printed = run(
-        "benchmarks/step_time.py",
-        *("--smoke", "--model", model, "--output", str(path)),
-    )
-    results = json.loads(path.read_text())["results"]
-    assert len(results) == 4
-    for row in results:
-        assert len(row["ms"]) == 3
-        assert row["name"] in printed

@@ -5,8 +5,7 @@ for each example in every layer, and gathers scores with an index of shape
 (batch, heads, length, length). A score depends on a position through its
 distance from the query alone, so here the table is projected once for each
 mask instance, at the distances that occur, and rows of scores are shifted into
-place.
-Output and gradients are the same.
+place. Output and gradients are the same.
 
 One thing is drawn otherwise: dropout on the table of positions falls alike on
 all examples of a forward pass, as in the authors' own code
@@ -19,7 +18,6 @@ import hashlib
 import inspect
 import logging
 
-import numpy as np
 from keras import ops
 
 from keras_lora_dropout.core.keras_internals import descendants
@@ -55,15 +53,14 @@ class LeanDisentangledSelfAttention:
         training=None,
     ):
         rows, length = ops.shape(query)[:2]
+        table = rel_embeddings[:1]  # Whatever it was tiled to, rows are equal.
         if not isinstance(length, int):
             # A length that only the running program knows, as in exports.
-            table = ops.broadcast_to(
-                rel_embeddings, (rows, *rel_embeddings.shape[1:])
-            )
+            table = ops.broadcast_to(table, (rows, *table.shape[1:]))
             return super()._compute_attention(
                 query, key, value, table, attention_mask, training
             )
-        table = self._position_dropout_layer(rel_embeddings, training=training)
+        table = self._position_dropout_layer(table, training=training)
         # Distance i - j of query i and key j; both tables end with one more.
         distances = ops.cast(ops.arange(1 - length, length + 1), "int")
         query = query * self.scale_factor
@@ -100,9 +97,12 @@ class LeanDisentangledSelfAttention:
         groups = positions.shape[0]
         block = _block_size(length, groups, rows)
         blocks, width = length // block, length + block
-        starts = np.arange(length - block, -1, -block)
-        windows = ops.take(
-            positions, starts[:, None] + np.arange(width), axis=1
+        windows = ops.stack(
+            [
+                positions[:, start : start + width]
+                for start in range(length - block, -1, -block)
+            ],
+            axis=1,
         )
         states = ops.reshape(states, (groups, -1, blocks, block, heads, size))
         scores = ops.einsum("gbnihd,gnwhd->hngbiw", states, windows)
@@ -121,8 +121,8 @@ class LeanDisentangledSelfAttention:
         buckets = ops.clip(buckets + span, 0, 2 * span - 1)
         with shared_inputs():
             if distances.shape[0] <= 2 * span:
-                return projection(ops.take(table, buckets, axis=1))
-            return ops.take(projection(table), buckets, axis=1)
+                return projection(_take_rows(table, buckets))
+            return _take_rows(projection(table), buckets)
 
 
 _MIXINS = {
@@ -203,6 +203,16 @@ def _is_known(cls):
         return False
     digest = hashlib.sha256(source.encode()).hexdigest()
     return digest == _KNOWN_SOURCES[cls.__name__]
+
+
+def _take_rows(tensor, rows):
+    """Take rows of axis 1."""
+    if tensor.shape[0] > 1:
+        return ops.take(tensor, rows, axis=1)
+    # Of a matrix: else, Keras on torch squeezes the axis, which ONNX refuses.
+    matrix = ops.reshape(tensor, (tensor.shape[1], -1))
+    taken = ops.take(matrix, rows, axis=0)
+    return ops.reshape(taken, (1, -1, *tensor.shape[2:]))
 
 
 def _block_size(length, groups, rows):
