@@ -59,29 +59,33 @@ def spread(plan, num_instances, rows):
     return _walking(_Spread(plan, num_instances, rows))
 
 
-def keep(plan):
+def keep(plan, for_gradients):
     """Context in which a model computes only what its instances share.
 
-    It yields what `reuse` takes; the model's own output is of no use. The
-    attribute `trainable` says whether weights that train are among what is
-    shared.
+    It yields what `reuse` takes; the model's own output is of no use.
+
+    Args:
+        plan: The model's `MaskPlan`.
+        for_gradients: Boolean. Whether each pass is differentiated by itself,
+            so that operations with weights that train are not shared.
     """
-    return _walking(_Keep(plan))
+    return _walking(_Keep(plan, for_gradients))
 
 
-def kept_by(plan, forward):
+def kept_by(plan, forward, for_gradients):
     """Run what all passes share, before the first of them.
 
     Args:
         plan: The model's `MaskPlan`.
         forward: Function without arguments that calls the model.
+        for_gradients: As in `keep`.
 
     Returns:
         What `reuse` takes; `None` if nothing can be kept.
     """
     if not plan.keeps_prefix:
         return None
-    with use_draws(Draws(plan)), keep(plan) as kept:
+    with use_draws(Draws(plan)), keep(plan, for_gradients) as kept:
         forward()
     return kept
 
@@ -131,6 +135,10 @@ class _Walk:
         self.plan = plan
         self.enters_shared = True
 
+    def separates(self, operation):
+        """Whether each instance has an operation for itself in any case."""
+        return self.plan.touches(operation)
+
     def run_shared(self, operation, function, args, kwargs):
         """Run an operation that all instances share."""
         self.enters_shared = False
@@ -179,16 +187,24 @@ class _Spread(_Walk):
         return self._tiled[id(leaf)][1]
 
 
-class _Keep(_Walk):
-    def __init__(self, plan):
+class _InTurn(_Walk):
+    def __init__(self, plan, for_gradients):
         super().__init__(plan)
-        self.structures = {}
-        self.trainable = False
+        self.for_gradients = for_gradients
 
-    def run_shared(self, operation, function, args, kwargs):
-        if isinstance(operation, keras.Layer):
-            self.trainable |= bool(operation.trainable_variables)
-        return super().run_shared(operation, function, args, kwargs)
+    def separates(self, operation):
+        trains = (
+            self.for_gradients
+            and isinstance(operation, keras.Layer)
+            and bool(operation.trainable_variables)
+        )
+        return trains or super().separates(operation)
+
+
+class _Keep(_InTurn):
+    def __init__(self, plan, for_gradients):
+        super().__init__(plan, for_gradients)
+        self.structures = {}
 
     def run_other(self, operation, function, args, kwargs, nested):
         if nested:
@@ -200,9 +216,9 @@ class _Keep(_Walk):
         return structure
 
 
-class _Reuse(_Walk):
+class _Reuse(_InTurn):
     def __init__(self, kept):
-        super().__init__(kept.plan)
+        super().__init__(kept.plan, kept.for_gradients)
         self._structures = kept.structures
 
     def run_shared(self, operation, function, args, kwargs):
@@ -246,7 +262,7 @@ def _run_graph(graph, run, inputs, operation_fn=lambda op: op, call_fn=None):
             key = id(graph), next(steps)
             leaves = keras.tree.flatten((args, kwargs))
             reads_others = any(id(leaf) in others for leaf in leaves)
-            if not reads_others and not walk.plan.touches(operation):
+            if not reads_others and not walk.separates(operation):
                 outputs = walk.run_shared(operation, function, args, kwargs)
                 return record(outputs, shared)
             nested = not reads_others and _is_open(operation)

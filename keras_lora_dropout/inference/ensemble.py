@@ -89,7 +89,9 @@ def run_in_turn(plan, forward, values):
         The outputs of each instance.
     """
     count = values.shape[0]
-    kept = shared_prefix.kept_by(plan, forward) if count > 1 else None
+    kept = None
+    if count > 1:
+        kept = shared_prefix.kept_by(plan, forward, for_gradients=False)
     for n in range(count):
         draws = masks.Draws(plan, values[n : n + 1])
         with masks.use_draws(draws), shared_prefix.reuse(kept):

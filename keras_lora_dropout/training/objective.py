@@ -50,15 +50,15 @@ def kept_prefix(model, x):
 
     Returns:
         What `pass_loss` takes; `None` if the passes share nothing, as when
-        there is a single one, or when weights that train are among it.
+        there is a single one, or when layers add losses of their own.
     """
     settings = model.lora_dropout
     if settings.sampling == "parallel" or settings.num_samples == 1:
         return None
-    kept = shared_prefix.kept_by(model.mask_plan, lambda: _forward(model)(x))
-    if kept is None or kept.trainable or model.losses:
-        return None
-    return kept
+    kept = shared_prefix.kept_by(
+        model.mask_plan, lambda: _forward(model)(x), for_gradients=True
+    )
+    return None if model.losses else kept
 
 
 def instances_per_pass(model):
