@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -13,12 +15,20 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0"
     " --xla_llvm_disable_expensive_passes=true",
 )
+# Many compile the same: JAX keeps it in files, new ones for each run of the
+# tests, which the processes that it starts read too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import keras
 import numpy as np
 import pytest
 
 ORACLE = pathlib.Path(__file__).parent / "peft_oracle.py"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture(autouse=True)
