@@ -1,5 +1,6 @@
 """Seeds and tolerance, for whichever backend `KERAS_BACKEND` names."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -28,6 +29,11 @@ import numpy as np
 import pytest
 
 ORACLE = pathlib.Path(__file__).parent / "peft_oracle.py"
+
+
+def pytest_collection_finish():
+    # What is imported stays: collecting garbage need not go through it.
+    gc.freeze()
 
 
 def pytest_unconfigure():
