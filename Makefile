@@ -22,10 +22,10 @@ CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
 demo: $(DEMO_ENV)/.installed
 	KERAS_BACKEND=$(KERAS_BACKEND) $(DEMO_ENV)/bin/python examples/demo.py
 
+# The suite of JAX is the longest, so the other two run beside it in turn.
 test: $(TEST_ENV)/.installed
 	$(MAKE) lint
-	$(MAKE) --jobs 2 --output-sync=target test-jax test-torch
-	$(MAKE) test-tensorflow
+	$(MAKE) --jobs 2 --output-sync=target test-jax test-torch test-tensorflow
 
 lint: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/ruff check .
@@ -33,11 +33,9 @@ lint: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/mypy
 
 # Two suites share the cores; more threads than that only wait for each other.
-test-jax test-torch: test-%: $(TEST_ENV)/.installed
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(TEST_ENV)/bin/pytest
-
-test-tensorflow: $(TEST_ENV)/.installed
-	KERAS_BACKEND=tensorflow $(TEST_ENV)/bin/pytest $(CORE_TESTS)
+test-tensorflow: TESTS = $(CORE_TESTS)
+test-jax test-torch test-tensorflow: test-%: $(TEST_ENV)/.installed
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(TEST_ENV)/bin/pytest $(TESTS)
 
 $(DEMO_ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(DEMO_ENV)

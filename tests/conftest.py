@@ -1,24 +1,43 @@
 """Seeds and tolerance, for whichever backend `KERAS_BACKEND` names."""
 
+import gc
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Tiny models compile for longer than they run.
+# Tiny models compile for longer than they run. The older way to write loops of
+# fused operations, into one LLVM module, takes a third of the newer one's time.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true",
+    " --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
 )
+# Many compile the same: JAX keeps it in files, new ones for each run of the
+# tests, which the processes that it starts read too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import keras
 import numpy as np
 import pytest
 
 ORACLE = pathlib.Path(__file__).parent / "peft_oracle.py"
+
+
+def pytest_collection_finish():
+    # What is imported stays: collecting garbage need not go through it.
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,12 @@ def processes(tmp_path):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                # No one else reads what a killed process wrote half of.
+                "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+            },
             text=True,
         ) as process,
     ):
