@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+import keras_lora_dropout as kld
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core.stratified import MOST_COMPARED
 from keras_lora_dropout.core.stratified import stratify
@@ -25,7 +26,7 @@ settings.register_profile("ours", deadline=None, derandomize=True)
 settings.load_profile("ours")
 
 # Both ways to rank: few numbers and many.
-COUNTS = st.sampled_from([1, 2, 3, 5, MOST_COMPARED + 1])
+COUNTS = st.sampled_from([1, 2, 3, MOST_COMPARED + 1])
 LAST_BELOW_1 = np.nextafter(np.float32(1), np.float32(0))
 
 
@@ -47,7 +48,7 @@ def every_case(count, places):
 
 
 @given(COUNTS, st.integers(0, 99), st.sampled_from([None, 1, 3]))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_agrees_with_the_reference(count, seed, levels):
     draws = independent(count, 12, seed, levels)
     actual = stratify(ops.convert_to_tensor(draws))
@@ -56,7 +57,7 @@ def test_agrees_with_the_reference(count, seed, levels):
 
 
 @given(COUNTS, st.integers(0, 99), st.sampled_from([None, 1, 3]))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_keeps_an_entry_equally_often(count, seed, levels):
     """Whatever the rate: all N thresholds, and those in between."""
     draws = independent(count, 12, seed, levels)
@@ -160,7 +161,7 @@ def test_whatever_shows_the_ensemble_shows_balanced_instances():
     model = adapted_mlp(mask_sampling="balanced", num_samples=2)
     expected = model.ensemble_predict(x, seed=5, verbose=0)
     assert_close(model.as_ensemble(seed=5)(x), expected)
-    merged = [m.predict(x, verbose=0) for m in model.merge_instances(seed=5)]
+    merged = [array(instance(x)) for instance in model.merge_instances(seed=5)]
     assert_close(np.mean(merged, axis=0), expected)
     first, second = (
         np.concatenate(model._instances(None, 5).masks_of(layer), axis=1)
@@ -169,6 +170,13 @@ def test_whatever_shows_the_ensemble_shows_balanced_instances():
     # At a rate of a half, two instances are each other's opposite.
     for kept in (first, second):
         np.testing.assert_array_equal(kept.sum(axis=0), np.ones(kept.shape[1]))
+
+
+def test_models_built_by_hand_take_it():
+    model = kld.LoRADropoutModel(mask_sampling="balanced")
+    assert model.lora_dropout.mask_sampling == "balanced"
+    with pytest.raises(ValueError, match=r"`mask_sampling` must be.*even"):
+        kld.LoRADropoutModel(mask_sampling="even")
 
 
 def test_recipes_of_earlier_files_are_of_independent_instances():
