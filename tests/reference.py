@@ -21,6 +21,21 @@ def bernoulli(draws, rate):
     return (np.asarray(draws, "float64") >= rate).astype("float64")
 
 
+def balanced(draws):
+    """Latin hypercube sampling: N evenly spaced draws of N + 1 independent.
+
+    Entry by entry, the n-th smallest of the first N goes to the n-th of N
+    equal intervals, and the last one says where in the interval it lies.
+    """
+    *values, place = np.asarray(draws, "float64")
+    order = np.argsort(values, axis=0, kind="stable")
+    found = np.empty_like(values)
+    for stratum, which in enumerate(order):
+        points = (stratum + place) / len(values)
+        np.put_along_axis(found, which[None], points[None], axis=0)
+    return found
+
+
 def inverted(mask, rate, rescale):
     """What multiplies the factors: the mask, or the mask over `1 - p`."""
     return np.asarray(mask, "float64") / ((1 - rate) if rescale else 1.0)

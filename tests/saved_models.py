@@ -81,7 +81,12 @@ class ByHand(kld.LoRADropoutModel):
 
 
 def by_hand():
-    model = ByHand(num_samples=3, mask_sharing="example", seed=0)
+    model = ByHand(
+        num_samples=3,
+        mask_sharing="example",
+        mask_sampling="balanced",
+        seed=0,
+    )
     model(np.zeros((1, 6), "float32"))
     return model
 
@@ -108,10 +113,13 @@ def compacted():
 
 
 KINDS = {
-    "functional": lambda: enabled(functional),
+    "functional": lambda: enabled(functional, mask_sampling="balanced"),
     "sequential": lambda: enabled(sequential, sampling="sequential"),
     "subclassed": lambda: enabled(
-        subclassed, mask_sharing="example", rescale=True
+        subclassed,
+        mask_sharing="example",
+        mask_sampling="balanced",
+        rescale=True,
     ),
     "trainable": lambda: enabled(
         functional, trainable_layers=["norm", "head"], sampling="sequential"

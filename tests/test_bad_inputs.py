@@ -34,6 +34,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"num_samples": 0}, ValueError, "positive integer.*num_samples=0"),
         ({"num_samples": 1.5}, ValueError, "positive integer.*1.5"),
         ({"mask_sharing": "rows"}, ValueError, '"batch" or "example".*rows'),
+        ({"mask_sampling": "even"}, ValueError, 'bernoulli" or "balan.*even'),
         ({"sampling": "both"}, ValueError, '"parallel" or "sequential".*both'),
         ({"sampling": None}, ValueError, '"parallel" or "sequential".*None'),
         ({"rescale": 1}, TypeError, "True or False.*rescale=1"),

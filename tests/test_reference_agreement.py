@@ -72,6 +72,13 @@ def instances_of(network, draws, rescale):
     return instances
 
 
+def drawn(model, state, num_samples, shape):
+    """What the model draws next with a generator in a given state."""
+    if model.lora_dropout.mask_sampling == "bernoulli":
+        return draws_after(state, (num_samples, *shape))
+    return reference.balanced(draws_after(state, (num_samples + 1, *shape)))
+
+
 def batch(loss, seed=0):
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(EXAMPLES, FEATURES)).astype("float32")
@@ -103,9 +110,11 @@ def check_one_step(model, rescale, loss, step):
     network = reference_network(model)
     settings = model.lora_dropout
     groups = EXAMPLES if settings.mask_sharing == "example" else 1
-    draws = draws_after(
+    draws = drawn(
+        model,
         model.mask_seed_generator.state,
-        (settings.num_samples, groups, mask_width(network)),
+        settings.num_samples,
+        (groups, mask_width(network)),
     )
     instances = instances_of(network, draws, rescale)
     x, y = batch(loss)
@@ -149,6 +158,24 @@ def test_gradients_and_loss_of_fit(
 
 @pytest.mark.parametrize("mask_sharing", ["batch", "example"])
 @pytest.mark.parametrize("sampling", ["parallel", "sequential"])
+def test_gradients_and_loss_of_balanced_masks(sampling, mask_sharing):
+    model = build_model(
+        sampling=sampling,
+        mask_sharing=mask_sharing,
+        mask_sampling="balanced",
+        num_samples=3,
+    )
+    compile_model(model, "cross_entropy")
+
+    def step(x, y):
+        history = model.fit(x, y, batch_size=len(x), shuffle=False, verbose=0)
+        return history.history["loss"][0]
+
+    check_one_step(model, False, "cross_entropy", step)
+
+
+@pytest.mark.parametrize("mask_sharing", ["batch", "example"])
+@pytest.mark.parametrize("sampling", ["parallel", "sequential"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_gradients_and_loss_of_eager_steps_on_arrays(
     sampling, mask_sharing, rescale
@@ -185,7 +212,7 @@ def ensemble_instances(model, seed, num_samples=3):
     """The network and masks behind `ensemble_predict(seed=seed)`."""
     network = reference_network(model)
     rescale = model.adapted_layers[0][1].rescale
-    draws = draws_after([seed, 0], (num_samples, mask_width(network)))
+    draws = drawn(model, [seed, 0], num_samples, (mask_width(network),))
     return network, instances_of(network, draws[:, None], rescale)
 
 
@@ -221,6 +248,20 @@ def test_ensemble_evaluate(ensemble_model):
     )
     outputs = network.ensemble_outputs(x, instances)
     assert_close(loss, reference.cross_entropy(outputs, y)[0])
+
+
+@pytest.mark.parametrize("sampling", ["parallel", "sequential"])
+def test_ensemble_predict_of_balanced_masks(sampling):
+    model = build_model(
+        num_samples=3, sampling=sampling, mask_sampling="balanced"
+    )
+    x, _ = batch("cross_entropy")
+    network, instances = ensemble_instances(model, 5, 4)
+    # Batches of 3, 3 and 1: all must see the same masks.
+    outputs = model.ensemble_predict(
+        x, batch_size=3, seed=5, num_samples=4, verbose=0
+    )
+    assert_close(outputs, network.ensemble_outputs(x, instances))
 
 
 def test_ensemble_predict_run_eagerly():

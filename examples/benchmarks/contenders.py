@@ -32,6 +32,10 @@ KERAS = {
     "kerashub": Entry("KerasHub `enable_lora`", None),
     "plain": Entry("plain LoRA", {"num_samples": 1, "dropout_rate": 0.0}),
     "n1": Entry("LoRA Dropout, N = 1", {"num_samples": 1}),
+    "n1-stock": Entry(
+        "LoRA Dropout, N = 1, KerasHub's attention",
+        {"num_samples": 1, "optimize": False},
+    ),
     "n1-example": Entry(
         "LoRA Dropout, N = 1, per example",
         {"num_samples": 1, "mask_sharing": "example"},
@@ -41,6 +45,10 @@ KERAS = {
         "LoRA Dropout, N = 4, sequential",
         {"num_samples": 4, "sampling": "sequential"},
         ENSEMBLE,
+    ),
+    "n1-top": Entry(
+        "LoRA Dropout, N = 1, top third adapted",
+        {"num_samples": 1, "top_third": True},
     ),
     "n4-top": Entry(
         "LoRA Dropout, N = 4, parallel, top third adapted",

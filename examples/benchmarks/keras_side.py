@@ -30,21 +30,7 @@ def build(workload, options):
         Dict from the name of an action to a function that does it and waits
         for its result; and the number of weights that train.
     """
-    keras.utils.set_random_seed(0)
-    keras.config.set_dtype_policy(workload.dtype)
-    model = build_model(workload)
-    if options is None:
-        targets = target_names(workload)
-        model.backbone.enable_lora(workload.rank, target_layer_names=targets)
-    else:
-        enable_ours(model, workload, **options)
-    # KerasHub adds a metric of its own unless it is told not to.
-    metrics = "weighted_metrics" if workload.is_decoder else "metrics"
-    model.compile(
-        keras.optimizers.Adam(1e-4),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        **{metrics: []},
-    )
+    model = compiled_model(workload, options)
     x, y = make_batch(workload)
     size = workload.batch
 
@@ -66,6 +52,26 @@ def build(workload, options):
         "ensemble_predict": ensemble_predict,
     }
     return actions, sum(np.prod(w.shape) for w in model.trainable_weights)
+
+
+def compiled_model(workload, options):
+    """Build a model, adapt it by the options of an `Entry`, and compile it."""
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(workload.dtype)
+    model = build_model(workload)
+    if options is None:
+        targets = target_names(workload)
+        model.backbone.enable_lora(workload.rank, target_layer_names=targets)
+    else:
+        enable_ours(model, workload, **options)
+    # KerasHub adds a metric of its own unless it is told not to.
+    metrics = "weighted_metrics" if workload.is_decoder else "metrics"
+    model.compile(
+        keras.optimizers.Adam(1e-4),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **{metrics: []},
+    )
+    return model
 
 
 def build_model(workload):

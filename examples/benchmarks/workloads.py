@@ -31,8 +31,22 @@ SHAPES = {
         "vocabulary_size": 32000,
     },
 }
+# Two blocks of the real width: what a compiler counts needs no more.
+SHAPES["deberta", "blocks"] = {**SHAPES["deberta", "base"], "num_layers": 2}
+SHAPES["deberta", "blocks"]["vocabulary_size"] = 1000
+SHAPES["llama", "blocks"] = {
+    **SHAPES["llama", "7b"],
+    "num_layers": 2,
+    "vocabulary_size": 1000,
+}
 # Examples and tokens of a batch.
-BATCHES = {"smoke": (2, 8), "small": (8, 64), "base": (32, 128), "7b": (4, 512)}
+BATCHES = {
+    "blocks": (32, 128),
+    "smoke": (2, 8),
+    "small": (8, 64),
+    "base": (32, 128),
+    "7b": (4, 512),
+}
 MODELS = ["deberta", "bert", "llama"]
 SCALES = ["small", "base", "7b"]
 MAX_LENGTH = 512

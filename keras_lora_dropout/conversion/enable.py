@@ -34,6 +34,7 @@ def enable_lora_dropout(
     target_layers="all-linear",
     trainable_layers="head",
     mask_sharing="batch",
+    mask_sampling="bernoulli",
     rescale=False,
     sampling="parallel",
     optimize=True,
@@ -84,6 +85,11 @@ def enable_lora_dropout(
             (the paper's Algorithm 1). `"example"`: each example draws its own
             masks, in each instance; with `num_samples=1` it costs one plain
             LoRA step.
+        mask_sampling: `"bernoulli"`: the N instances are independent, as in
+            the paper. `"balanced"`: each alone is drawn as before, but of the
+            N, exactly `N * (1 - dropout_rate)`, rounded down or up, keep a
+            mask entry, so that their mean varies less. With N = 1 both are
+            the same.
         rescale: Boolean. Whether masks are divided by `1 - dropout_rate`.
             Defaults to `False`, as in the paper.
         sampling: `"parallel"`: the N instances run as one batch of `N * B`.
@@ -120,7 +126,9 @@ def enable_lora_dropout(
             "`enable_lora_dropout` adapts a `keras.Model`, such as a KerasHub "
             f"task. Received: model={model!r} (of type {type(model).__name__})."
         )
-    settings = SamplingSettings(num_samples, mask_sharing, sampling)
+    settings = SamplingSettings(
+        num_samples, mask_sharing, sampling, mask_sampling
+    )
     rank = _initial_rank(rank, rank_budget)
     adapter_settings = {
         "adaptive": rank_budget is not None,

@@ -26,8 +26,8 @@ def import_peft(model, directory, **options):
             `adapter_model.safetensors`.
         **options: For a plain model, arguments of `enable_lora_dropout`:
             `dropout_rate`, `num_samples`, `trainable_layers`, `mask_sharing`,
-            `rescale`, `sampling`, `seed`. The adapter itself says `rank`,
-            `alpha` and `target_layers`.
+            `mask_sampling`, `rescale`, `sampling`, `seed`. The adapter itself
+            says `rank`, `alpha` and `target_layers`.
 
     Returns:
         The same `model` object.

@@ -34,6 +34,9 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
             ones.
         mask_sharing: `"batch"`: one mask per instance for the whole batch.
             `"example"`: each example draws its own masks, in each instance.
+        mask_sampling: `"bernoulli"`: the N instances are independent.
+            `"balanced"`: of the N, exactly `N * (1 - dropout_rate)`, rounded
+            down or up, keep a mask entry, so that their mean varies less.
         sampling: `"parallel"`: the N instances are one batch of `N * B`.
             `"sequential"`: one after another, in the memory of one.
         seed: Integer or `None`. Seed of the masks.
@@ -61,11 +64,14 @@ class LoRADropoutModel(AdaptedModel, keras.Model):
         num_samples=4,
         rank_budget=None,
         mask_sharing="batch",
+        mask_sampling="bernoulli",
         sampling="parallel",
         seed=None,
         **kwargs,
     ):
-        settings = SamplingSettings(num_samples, mask_sharing, sampling)
+        settings = SamplingSettings(
+            num_samples, mask_sharing, sampling, mask_sampling
+        )
         if args or "inputs" in kwargs:
             # `keras.Model.__init__` would rebase `LoRADropoutModel` itself on
             # Keras's functional class and so break its other subclasses.

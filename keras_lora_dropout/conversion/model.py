@@ -37,11 +37,13 @@ class SamplingSettings:
         num_samples: Number N of mask instances, in training and in ensembles.
         mask_sharing: `"batch"` or `"example"`.
         sampling: `"parallel"` or `"sequential"`.
+        mask_sampling: `"bernoulli"` or `"balanced"`.
     """
 
     num_samples: int = 4
     mask_sharing: str = "batch"
     sampling: str = "parallel"
+    mask_sampling: str = "bernoulli"
 
     def __post_init__(self):
         validation.positive_integer("num_samples", self.num_samples)
@@ -49,6 +51,9 @@ class SamplingSettings:
             "mask_sharing", self.mask_sharing, validation.MASK_SHARINGS
         )
         validation.word("sampling", self.sampling, validation.SAMPLINGS)
+        validation.word(
+            "mask_sampling", self.mask_sampling, validation.MASK_SAMPLINGS
+        )
 
 
 class AdaptedModel(

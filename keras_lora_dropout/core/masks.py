@@ -16,6 +16,7 @@ import numpy as np
 from keras import ops
 
 from keras_lora_dropout.core.keras_internals import descendants
+from keras_lora_dropout.core.stratified import stratify
 
 _state = threading.local()
 
@@ -156,6 +157,25 @@ def current_draws():
 def draw_uniform(shape, seed):
     """Draw float32 numbers in `[0, 1)`; each becomes one mask entry."""
     return keras.random.uniform(shape, dtype="float32", seed=seed)
+
+
+def draw_instances(shape, seed, mask_sampling="bernoulli"):
+    """Draw N mask instances.
+
+    Args:
+        shape: Tuple `(N, ...)`; N is an integer, other sizes may be tensors.
+        seed: Integer or `SeedGenerator`.
+        mask_sampling: `"bernoulli"`: the instances are independent.
+            `"balanced"`: each alone is drawn as before, but the N draws of an
+            entry are evenly spaced (`core.stratified.stratify`). The same for
+            N = 1.
+
+    Returns:
+        Float32 tensor of that shape, each number uniform in `[0, 1)`.
+    """
+    if mask_sampling == "bernoulli" or shape[0] == 1:
+        return draw_uniform(shape, seed)
+    return stratify(draw_uniform((shape[0] + 1, *shape[1:]), seed))
 
 
 def keep_mask(draws, dropout_rate, dtype):

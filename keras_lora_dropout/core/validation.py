@@ -5,6 +5,7 @@ import numbers
 
 SAMPLINGS = ("parallel", "sequential")
 MASK_SHARINGS = ("batch", "example")
+MASK_SAMPLINGS = ("bernoulli", "balanced")
 AVERAGES = ("output", "probability")
 MAX_SEED = 2**31 - 1
 

@@ -37,8 +37,10 @@ def ensemble_draws(model, count):
     Returns:
         Tensor of shape `(count, model.mask_plan.width)`.
     """
-    return masks.draw_uniform(
-        (count, model.mask_plan.width), model.ensemble_seed_generator
+    return masks.draw_instances(
+        (count, model.mask_plan.width),
+        model.ensemble_seed_generator,
+        model.lora_dropout.mask_sampling,
     )
 
 

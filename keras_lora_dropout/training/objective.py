@@ -33,8 +33,10 @@ def draw_passes(model, x):
     if settings.mask_sharing == "example":
         groups = instances.batch_size(x)
     plan = model.mask_plan
-    values = masks.draw_uniform(
-        (settings.num_samples, groups, plan.width), model.mask_seed_generator
+    values = masks.draw_instances(
+        (settings.num_samples, groups, plan.width),
+        model.mask_seed_generator,
+        settings.mask_sampling,
     )
     if settings.sampling == "sequential":
         return [values[n] for n in range(settings.num_samples)]
