@@ -93,7 +93,7 @@ def einsum_axes(equation, kernel_shape, input_ndim):
     )
 
 
-def low_rank_delta(inputs, factor_a, factor_b, axes, shared=False):
+def low_rank_delta(inputs, factor_a, factor_b, axes, shared=False, kernel=None):
     """Compute `inputs @ factor_a @ factor_b` on the axes of a kernel.
 
     No tensor of the kernel's size is formed.
@@ -106,6 +106,8 @@ def low_rank_delta(inputs, factor_a, factor_b, axes, shared=False):
         axes: `FactorAxes` of the kernel, on which the batch axis leads.
         shared: Boolean. Whether the leading axis of the input is 1 instead,
             and all groups share it; that of the result is `groups` then.
+        kernel: Matrix `(input_dim, output_dim)` whose product is added, block
+            by block, or `None`.
 
     Returns:
         Tensor of the layer's output shape.
@@ -128,10 +130,23 @@ def low_rank_delta(inputs, factor_a, factor_b, axes, shared=False):
     else:
         x = ops.reshape(x, (groups, -1, axes.input_dim))
         delta = ops.matmul(ops.matmul(x, factor_a), factor_b)
+        if kernel is not None:
+            kernels = ops.broadcast_to(kernel, (groups, *kernel.shape))
+            delta = ops.matmul(x, kernels) + delta
     delta = ops.reshape(delta, (*free_shape, *axes.kept))
     if axes.output_permutation != tuple(range(len(axes.output_permutation))):
         delta = ops.transpose(delta, axes.output_permutation)
     return delta
+
+
+def kernel_matrix(kernel, axes):
+    """Return a kernel as the matrix `(input_dim, output_dim)`."""
+    ordered = sorted(
+        range(len(axes.kernel_permutation)),
+        key=lambda axis: axes.kernel_permutation[axis],
+    )
+    kernel = ops.transpose(ops.convert_to_tensor(kernel), ordered)
+    return ops.reshape(kernel, (axes.input_dim, axes.output_dim))
 
 
 def stacks(shapes):

@@ -96,27 +96,41 @@ def mean(structures):
         where that is a float and in float32 otherwise.
     """
     iterator = iter(structures)
-    first = next(iterator)
+    structure = next(iterator)
+    form = keras.tree.map_structure(_Form, structure)
     total, count = None, 1
-    for structure in iterator:
+    for following in iterator:
         if total is None:
-            total = keras.tree.map_structure(_widen, first)
-        total = keras.tree.map_structure(_add, total, structure)
+            total = keras.tree.map_structure(_widen, structure)
+        # No structure but the sum is held while the next one is computed.
+        structure = None
+        total = keras.tree.map_structure(_add, total, following)
         count += 1
+        del following
     if total is None:
-        return first
+        return structure
+    return keras.tree.map_structure(
+        lambda form, summed: form.give(summed, count), form, total
+    )
 
-    def finish(leaf, summed):
-        if leaf is None:
+
+class _Form:
+    """Dtype and padding mask of a leaf, without its numbers."""
+
+    def __init__(self, leaf):
+        self._dtype = None
+        if leaf is not None:
+            self._dtype = keras.backend.standardize_dtype(leaf.dtype)
+        copy_mask(leaf, self)
+
+    def give(self, summed, count):
+        if summed is None:
             return None
-        dtype = keras.backend.standardize_dtype(leaf.dtype)
         result = summed / count
-        if "float" in dtype:
-            result = ops.cast(result, dtype)
-        copy_mask(leaf, result)
+        if "float" in self._dtype:
+            result = ops.cast(result, self._dtype)
+        copy_mask(self, result)
         return result
-
-    return keras.tree.map_structure(finish, first, total)
 
 
 def _widen(leaf):

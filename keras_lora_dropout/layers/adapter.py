@@ -1,5 +1,6 @@
 """What all adapted layers share: settings, factors, masks and delta."""
 
+import math
 import random
 
 import keras
@@ -174,8 +175,8 @@ class LoRADropoutAdapter:
         input_dim = self.mask_sizes[0]
         return keep[:, :input_dim], keep[:, input_dim:]
 
-    def _delta(self, inputs, training):
-        """The adapter's part of the output, [L] Eq. 2-3.
+    def _adapted_product(self, inputs, training):
+        """The kernel's product and the adapter's part, [L] Eq. 2-3.
 
         `diag(mask_a) A` and `B diag(mask_b)` are formed once per mask, in the
         size of the factors; activations are never multiplied by a mask.
@@ -199,9 +200,30 @@ class LoRADropoutAdapter:
         scale = masks.delta_scale(
             self.scaling, self.dropout_rate, self.rescale, keep is not None
         )
-        return factors.low_rank_delta(
-            inputs, factor_a, factor_b * scale, axes, shared
+        pair = factor_a, factor_b * scale
+        if not shared and self._multiplies_in_groups(inputs, factor_a.shape[0]):
+            kernel = factors.kernel_matrix(self.kernel, axes)
+            return factors.low_rank_delta(inputs, *pair, axes, kernel=kernel)
+        return ops.add(
+            self._frozen_product(inputs),
+            factors.low_rank_delta(inputs, *pair, axes, shared),
         )
+
+    def _multiplies_in_groups(self, inputs, groups):
+        """Whether the kernel's product has the layout of the mask groups.
+
+        XLA computes what two layouts read, such as an activation, once for
+        each. That is worse than a copy of the kernel for each group, unless
+        groups are small.
+        """
+        axes, shape = self._axes, inputs.shape
+        if keras.config.backend() != "jax" or groups in (None, 1):
+            return False
+        if not all(isinstance(size, int) for size in shape):
+            return False
+        rows = math.prod(shape) // axes.input_dim
+        sizes = axes.input_dim, axes.output_dim
+        return groups * math.prod(sizes) <= rows * sum(sizes)
 
     def _shares_inputs(self):
         """Whether one input stands for the rows of all mask groups."""
@@ -216,9 +238,10 @@ class LoRADropoutAdapter:
         check_rows(what, inputs.shape, rows if axes.batch_leads else -1)
 
     def call(self, inputs, training=None):
-        x = self._frozen_product(inputs)
         if self.lora_rank and self.adapter_enabled:
-            x = ops.add(x, self._delta(inputs, training))
+            x = self._adapted_product(inputs, training)
+        else:
+            x = self._frozen_product(inputs)
         if self.bias is not None:
             x = ops.add(x, self.bias)
         if self.activation is not None:

@@ -9,6 +9,7 @@ into gradients and add those up.
 import contextlib
 import inspect
 
+import keras
 from keras import ops
 
 from keras_lora_dropout.core import instances
@@ -89,9 +90,10 @@ def pass_loss(model, x, y, sample_weight, kept):
 
     Returns:
         Tuple `(objective, losses, outputs)`: the scalar to differentiate, the
-        losses to report by name, the outputs averaged over the instances. The
-        objective adds AdaLoRA's orthogonality penalty to the loss and applies
-        the optimizer's loss scale, where there are such.
+        losses to report by name, the outputs averaged over the instances, or
+        `None` if no metric reads them. The objective adds AdaLoRA's
+        orthogonality penalty to the loss and applies the optimizer's loss
+        scale, where there are such.
     """
     count = instances_per_pass(model)
     with shared_prefix.reuse(kept):
@@ -109,7 +111,9 @@ def pass_loss(model, x, y, sample_weight, kept):
         reported["orthogonal_penalty"] = penalty
         objective = loss + allocator.settings.orthogonal_penalty * penalty
     objective = model.optimizer.scale_loss(objective)
-    return objective, reported, instances.mean(samples)
+    # Logits over a vocabulary can be the largest tensors of all.
+    outputs = instances.mean(samples) if _reads_outputs(model) else None
+    return objective, reported, outputs
 
 
 def around_update(model, weights, gradients):
@@ -136,6 +140,12 @@ def update_metrics(model, x, y, outputs, sample_weight, losses):
     if model.rank_allocator is not None:
         losses.update(model.rank_allocator.logs())
     return {**logs, **losses}
+
+
+def _reads_outputs(model):
+    """Whether a metric of the training step reads the model's outputs."""
+    is_own = type(model).compute_metrics is keras.Model.compute_metrics
+    return not is_own or len(model.metrics) > 1
 
 
 def _forward(model):

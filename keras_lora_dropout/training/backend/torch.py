@@ -69,6 +69,8 @@ def set_global_random_states(states):
 
 
 def _detach(tensor):
+    if tensor is None:
+        return None
     detached = tensor.detach()
     instances.copy_mask(tensor, detached)
     return detached
