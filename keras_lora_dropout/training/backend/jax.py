@@ -30,6 +30,12 @@ class NSampleTrainStep:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
 
         def loss_of_pass(trainable, non_trainable, metrics, values):
+            # XLA would take what depends on labels alone, such as one-hot
+            # labels of the size of the logits, out of the loop over the passes
+            # and hold it in memory. So labels seem to depend on the pass.
+            values, *labels = jax.lax.optimization_barrier(
+                (values, y, sample_weight)
+            )
             draws = objective.pass_draws(self, x, values)
             with (
                 _state(
@@ -41,7 +47,7 @@ class NSampleTrainStep:
                 use_draws(draws),
             ):
                 total, losses, outputs = objective.pass_loss(
-                    self, x, y, sample_weight, kept
+                    self, x, *labels, kept
                 )
             non_trainable = _values(scope, self.non_trainable_variables)
             metrics = _values(scope, self.metrics_variables)
