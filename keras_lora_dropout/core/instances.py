@@ -40,7 +40,8 @@ def tile(structure, num_instances):
     def repeat(leaf):
         if not has_rows(leaf):
             return leaf
-        tiled = ops.concatenate([leaf] * num_instances, axis=0)
+        tensor = ops.convert_to_tensor(leaf)  # Once, not once per instance.
+        tiled = ops.concatenate([tensor] * num_instances, axis=0)
         copy_mask(
             leaf, tiled, lambda m: ops.concatenate([m] * num_instances, axis=0)
         )
@@ -66,10 +67,9 @@ def split(structure, num_instances, rows=None):
     """
     if num_instances == 1:
         return [structure]
-    leaves = keras.tree.flatten(structure)
+    check_outputs(structure, rows)
     pieces = []
-    for leaf in leaves:
-        check_rows("An output of the model", leaf.shape, rows)
+    for leaf in keras.tree.flatten(structure):
         parts = ops.split(leaf, num_instances, axis=0)
         for n, part in enumerate(parts):
             copy_mask(leaf, part, functools.partial(_nth, n, num_instances))
@@ -82,6 +82,28 @@ def split(structure, num_instances, rows=None):
 
 def _nth(n, num_instances, mask):
     return ops.split(mask, num_instances, axis=0)[n]
+
+
+def check_outputs(structure, rows):
+    """Raise `LayoutError` unless all outputs have the tiled batch axis."""
+    for leaf in keras.tree.flatten(structure):
+        check_rows("An output of the model", leaf.shape, rows)
+
+
+def mean_of_blocks(structure, num_instances):
+    """Average the instances of a tiled batch, as `mean(split(...))`.
+
+    The number of operations does not grow with the number of instances.
+    """
+
+    def average(leaf):
+        form = _Form(leaf)
+        copy_mask(leaf, form, functools.partial(_nth, 0, num_instances))
+        shape = num_instances, -1, *ops.shape(leaf)[1:]
+        blocks = ops.reshape(leaf, shape)
+        return form.give(ops.sum(_widen(blocks), axis=0), num_instances)
+
+    return keras.tree.map_structure(average, structure)
 
 
 def mean(structures):

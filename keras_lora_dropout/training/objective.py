@@ -16,6 +16,7 @@ from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import layout
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import shared_prefix
+from keras_lora_dropout.training.row_losses import is_mean_over_rows
 
 
 def draw_passes(model, x):
@@ -99,10 +100,16 @@ def pass_loss(model, x, y, sample_weight, kept):
     with shared_prefix.reuse(kept):
         outputs = layout.run_parallel(model, _forward(model), x, count)
     rows = instances.batch_size(x) * count
-    samples = instances.split(outputs, count, rows)
     compute_loss = _compute_loss(model)
-    losses = [compute_loss(x, y, sample, sample_weight) for sample in samples]
-    loss = losses[0] if count == 1 else sum(losses) / count
+    if count > 1 and is_mean_over_rows(model):
+        instances.check_outputs(outputs, rows)
+        samples = None
+        y, sample_weight = instances.tile((y, sample_weight), count)
+        loss = compute_loss(x, y, outputs, sample_weight)
+    else:
+        samples = instances.split(outputs, count, rows)
+        losses = [compute_loss(x, y, out, sample_weight) for out in samples]
+        loss = losses[0] if count == 1 else sum(losses) / count
     reported = {"loss": loss}
     objective = loss
     allocator = model.rank_allocator
@@ -112,8 +119,11 @@ def pass_loss(model, x, y, sample_weight, kept):
         objective = loss + allocator.settings.orthogonal_penalty * penalty
     objective = model.optimizer.scale_loss(objective)
     # Logits over a vocabulary can be the largest tensors of all.
-    outputs = instances.mean(samples) if _reads_outputs(model) else None
-    return objective, reported, outputs
+    if not _reads_outputs(model):
+        return objective, reported, None
+    if samples is None:
+        return objective, reported, instances.mean_of_blocks(outputs, count)
+    return objective, reported, instances.mean(samples)
 
 
 def around_update(model, weights, gradients):
