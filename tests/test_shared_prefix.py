@@ -283,11 +283,19 @@ def test_a_model_without_a_graph_shares_nothing(sampling):
     assert model.ensemble_predict(x, verbose=0).shape == (ROWS, 3)
 
 
-def test_checkpointed_models_share_nothing():
-    with keras.RematScope(mode="full"):
+@pytest.mark.parametrize(
+    ("scope", "shares"),
+    [
+        ({"mode": "full"}, False),
+        ({"mode": "activations"}, True),
+        ({"mode": "list_of_layers", "layer_names": ["adapted"]}, True),
+    ],
+)
+def test_a_graph_that_is_computed_again_shares_nothing(scope, shares):
+    with keras.RematScope(**scope):
         model = chain()
     kld.enable_lora_dropout(model, rank=2, target_layers=["adapted"])
-    assert not model.mask_plan.keeps_prefix
+    assert model.mask_plan.keeps_prefix == shares
 
 
 def test_merging_leaves_no_trace():

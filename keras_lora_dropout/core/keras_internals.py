@@ -4,7 +4,7 @@
   and loses none.
 - The sublayers of a layer, as opposed to those of a model, are listed nowhere.
 - The graph of a functional model is not readable from an output back, and runs
-  in a method of its own.
+  in a method of its own; whether a call of it is checkpointed shows nowhere.
 - The padding mask that losses read from a tensor has no accessor.
 - The gradients that an optimizer accumulates over batches have none either.
 - The epoch that a callback lets `fit` resume at has no accessor.
@@ -63,13 +63,23 @@ def graph_of(operation, cls):
     """
     if not isinstance(operation, keras.Model):
         return None
-    if _private(operation, "_remat_mode") is not None:
+    if _is_checkpointed(operation):
         return None
     if issubclass(cls, keras.Sequential):
         is_own = cls.call is keras.Sequential.call
         return _private(operation, "_functional") if is_own else None
     is_own = issubclass(cls, Functional) and cls.call is Functional.call
     return operation if is_own else None
+
+
+def _is_checkpointed(model):
+    """Whether gradient checkpointing computes a model's calls again."""
+    scope = _private(model, "_remat_mode")
+    if scope is None or scope.mode == "activations":
+        return False
+    if scope.mode == "list_of_layers":
+        return model.name in scope.layer_names
+    return True
 
 
 def run_graph_with(graph, function):

@@ -15,6 +15,9 @@ class NSampleTrainStep:
 
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        # A `fit` inside `torch.autocast` would go on with the weights that the
+        # first step has cast, whatever the optimizer makes of them.
+        torch.clear_autocast_cache()
         passes = objective.draw_passes(self, x)
         kept = objective.kept_prefix(self, x)
 
