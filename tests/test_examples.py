@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -55,3 +56,35 @@ def test_demo(tmp_path):
             adapters = 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
             assert row["weights"] == adapters + head
         assert f"{row['weights']:,}" in printed
+
+
+def test_mask_variance(tmp_path):
+    path = tmp_path / "mask_variance.json"
+    arguments = ("benchmarks/mask_variance.py", "--smoke", "--output")
+    printed = run(*arguments, str(path))
+    content = json.loads(path.read_text())
+    assert set(content["cells"]) == {
+        "gradient/bernoulli/batch/2",
+        "gradient/balanced/batch/2",
+        "ensemble/bernoulli/batch/2",
+        "ensemble/balanced/batch/2",
+    }
+    for name, cell in content["cells"].items():
+        assert cell["variance"] > 2 * cell["standard_error"] > 0, name
+    assert "| gradient | batch | 2 | " in printed
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_on_mask_variances_shows_its_file(closed_figures):
+    """With N = 1 and both kinds of sharing, which the smoke run leaves out."""
+    folder = ROOT / "docs/benchmarks"
+    content = json.loads((folder / "mask_variance.json").read_text())
+    report = runpy.run_path(
+        str(ROOT / "examples/benchmarks/mask_variance_report.py")
+    )
+    table = report["table"](content)
+    assert table.count("\n") == 2 + 3 * 4 - 1
+    assert table in (ROOT / "docs/mask_variance.md").read_text()
+    gradients, ensembles = report["plot"](content).axes
+    assert len(gradients.containers) == 4
+    assert len(ensembles.containers) == 2
