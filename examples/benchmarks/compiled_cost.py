@@ -117,8 +117,10 @@ def markdown(results):
     """Yield the lines of the tables, each with its ratios to its baseline."""
     yield "# The training step, as XLA counts it"
     yield ""
-    yield "XLA counts the body of a loop once: of instances one after another, only"
-    yield "the memory is that of the whole step."
+    yield (
+        "XLA counts the body of a loop once: of instances one after another, "
+        "only the memory is that of the whole step."
+    )
     for title, (workload, keys) in TABLES.items():
         rows = results["tables"][title]
         yield from ["", f"## {title}", ""]
