@@ -161,6 +161,18 @@ def test_sharing_changes_nothing(make, sampling):
     assert_same(trained(model), trained(expected))
 
 
+@pytest.mark.parametrize("first", ["train_on_batch", "ensemble_predict"])
+def test_sharing_is_found_out_at_first_use(first):
+    model = adapted(chain)
+    x, y = data(model)
+    assert not model.mask_plan.spreads_prefix
+    if first == "train_on_batch":
+        model.train_on_batch(x, y)
+    else:
+        model.ensemble_predict(x, verbose=0)
+    assert model.mask_plan.spreads_prefix
+
+
 @pytest.mark.parametrize("sampling", ["parallel", "sequential"])
 def test_sharing_changes_nothing_per_example(sampling):
     options = {"sampling": sampling, "mask_sharing": "example"}
@@ -330,6 +342,16 @@ def bert_with_adapters_on_top(**options):
         **options,
     )
     return randomize(model)
+
+
+def test_ensembles_of_a_keras_hub_model_share():
+    model = bert_with_adapters_on_top()
+    x = {
+        name: np.ones((2, 12), int)
+        for name in ("token_ids", "padding_mask", "segment_ids")
+    }
+    model.ensemble_predict(x, verbose=0)
+    assert model.mask_plan.spreads_prefix
 
 
 @pytest.mark.parametrize("sampling", ["parallel", "sequential"])

@@ -98,13 +98,19 @@ def _trace(model, forward, inputs, num_instances, spreads_prefix):
     rows = _PROBE_ROWS * num_instances
     given_rows = _PROBE_ROWS if spreads_prefix else rows
 
+    # What is no tensor, such as `training`, stays as it is given.
+    leaves = keras.tree.flatten(inputs)
+    places = [n for n, leaf in enumerate(leaves) if has_rows(leaf)]
+
     def symbolic(leaf):
-        if not has_rows(leaf):
-            return leaf
         dtype = keras.backend.standardize_dtype(leaf.dtype)
         return keras.KerasTensor((given_rows, *leaf.shape[1:]), dtype)
 
-    def checked(x):
+    def checked(tensors):
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        x = keras.tree.pack_sequence_as(inputs, filled)
         values = ops.zeros((num_instances, plan.width))
         spread = contextlib.nullcontext()
         if spreads_prefix:
@@ -115,7 +121,7 @@ def _trace(model, forward, inputs, num_instances, spreads_prefix):
         return outputs
 
     _Forward(checked).compute_output_spec(
-        keras.tree.map_structure(symbolic, inputs)
+        [symbolic(leaves[place]) for place in places]
     )
 
 
