@@ -71,6 +71,16 @@ def nested():
     return keras.Model(one, seeded_dense(3, 3, name="head")(x))
 
 
+def nested_before():
+    """A model without adapters among what is shared."""
+    x = one = keras.Input((6,))
+    inner_input = keras.Input((6,))
+    inner = keras.Model(inner_input, seeded_dense(8, 1)(inner_input))
+    x = Witness(name="early")(inner(x))
+    x = Witness(name="late")(seeded_dense(8, 2, name="adapted")(x))
+    return keras.Model(one, seeded_dense(3, 3, name="head")(x))
+
+
 def two_outputs():
     """One of the outputs does not depend on the adapted layer."""
     x = inputs = keras.Input((6,))
@@ -89,7 +99,15 @@ def transposed():
     return keras.Model(inputs, seeded_dense(3, 3, name="head")(x))
 
 
-MODELS = [chain, sequential, skips, nested, two_outputs, transposed]
+MODELS = [
+    chain,
+    sequential,
+    skips,
+    nested,
+    nested_before,
+    two_outputs,
+    transposed,
+]
 
 
 def adapted(make, shares=True, compile_options=None, **options):
