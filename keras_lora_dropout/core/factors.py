@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 
+import numpy as np
 from keras import ops
 
 
@@ -141,11 +142,8 @@ def low_rank_delta(inputs, factor_a, factor_b, axes, shared=False, kernel=None):
 
 def kernel_matrix(kernel, axes):
     """Return a kernel as the matrix `(input_dim, output_dim)`."""
-    ordered = sorted(
-        range(len(axes.kernel_permutation)),
-        key=lambda axis: axes.kernel_permutation[axis],
-    )
-    kernel = ops.transpose(ops.convert_to_tensor(kernel), ordered)
+    order = np.argsort(axes.kernel_permutation).tolist()
+    kernel = ops.transpose(ops.convert_to_tensor(kernel), order)
     return ops.reshape(kernel, (axes.input_dim, axes.output_dim))
 
 
