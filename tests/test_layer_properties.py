@@ -54,10 +54,16 @@ def random_factors(generator, axes, groups, rank):
     return factor_a.astype("float32"), factor_b.astype("float32")
 
 
-@given(equations(), st.integers(1, 3), st.integers(1, 2), st.integers(0, 99))
+@given(
+    equations(),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.booleans(),
+    st.integers(0, 99),
+)
 @settings(max_examples=40)
-def test_factored_delta_is_that_of_the_full_matrix(
-    equation_and_sizes, groups, rank, seed
+def test_factored_product_is_that_of_the_full_matrix(
+    equation_and_sizes, groups, rank, in_groups, seed
 ):
     equation, shape, kernel_shape = equation_and_sizes
     axes = factors.einsum_axes(equation, tuple(kernel_shape), 1 + len(shape))
@@ -65,20 +71,19 @@ def test_factored_delta_is_that_of_the_full_matrix(
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(2 * groups, *shape)).astype("float32")
     factor_a, factor_b = random_factors(generator, axes, groups, rank)
-    delta = factors.low_rank_delta(
-        ops.convert_to_tensor(x),
-        ops.convert_to_tensor(factor_a),
-        ops.convert_to_tensor(factor_b),
-        axes,
-    )
+    frozen = generator.normal(size=kernel_shape).astype("float32")
+    tensors = map(ops.convert_to_tensor, (x, frozen, factor_a, factor_b))
+    product = factors.adapted_product(*tensors, axes, in_groups=in_groups)
     ones = np.ones(axes.input_dim), np.ones(axes.output_dim)
     kernels = [
         reference.einsum_delta_matrix(equation, kernel_shape, a, b, *ones, 1)
         for a, b in zip(factor_a, factor_b, strict=True)
     ]
     blocks = zip(np.split(x, groups), kernels, strict=True)
-    expected = [np.einsum(equation, block, kernel) for block, kernel in blocks]
-    assert_close(delta, np.concatenate(expected))
+    expected = [
+        np.einsum(equation, block, frozen + kernel) for block, kernel in blocks
+    ]
+    assert_close(product, np.concatenate(expected))
     # The axes also say where the entries of a delta matrix go in the kernel.
     matrix = factor_a[0] @ factor_b[0]
     folded = matrix.reshape(axes.contracted + axes.kept)
@@ -96,8 +101,9 @@ def test_delta_is_linear_in_each_factor(inputs, outputs, weight, seed):
 
     def delta(a, b):
         return array(
-            factors.low_rank_delta(
+            factors.adapted_product(
                 ops.convert_to_tensor(x),
+                ops.zeros((inputs, outputs)),
                 ops.convert_to_tensor(a, "float32"),
                 ops.convert_to_tensor(b, "float32"),
                 axes,

@@ -154,8 +154,19 @@ def test_dropout_keeps_its_distribution(silent):
     assert var.min() > 1e-9
 
 
-@pytest.mark.parametrize("mask_sharing", ["batch", "example"])
-def test_training_and_ensembles_are_the_same(mask_sharing):
+@pytest.mark.parametrize(
+    ("mask_sharing", "length", "rows"),
+    [
+        # A row of the table for each distance, fewer rows, and all of it.
+        ("example", 16, 2),
+        ("example", 20, 2),
+        ("batch", 64, 2),
+        # So many that each mask group has a table of its own.
+        ("batch", 20, 8),
+    ],
+)
+def test_training_and_ensembles_are_the_same(mask_sharing, length, rows):
+    labels = np.arange(rows) % 2
     results = []
     for optimize in (True, False):
         model = keras_hub.models.DebertaV3TextClassifier(
@@ -173,8 +184,8 @@ def test_training_and_ensembles_are_the_same(mask_sharing):
         randomize(model)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.SGD(0.1), loss)
-        x = batch(64)
-        losses = [model.train_on_batch(x, np.array([0, 1])) for _ in range(2)]
+        x = batch(length, rows)
+        losses = [model.train_on_batch(x, labels) for _ in range(2)]
         ensemble = model.ensemble_predict(x, seed=1, verbose=0)
         results.append((losses, model.predict(x, verbose=0), ensemble))
     for ours, theirs in zip(*results, strict=True):

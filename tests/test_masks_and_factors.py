@@ -194,16 +194,18 @@ def test_equations_that_are_no_single_matrix(equation):
         factors.einsum_axes(equation, shape, equation.index(","))
 
 
-def test_low_rank_delta_by_hand():
-    axes = factors.dense_axes((2, 2))
-    delta = factors.low_rank_delta(
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_adapted_product_by_hand(in_groups):
+    product = factors.adapted_product(
         ops.convert_to_tensor([[1.0, 1.0], [1.0, 2.0]]),
+        ops.convert_to_tensor([[100.0, 0.0], [0.0, 100.0]]),
         ops.convert_to_tensor([[[1.0], [2.0]], [[3.0], [0.0]]]),
         ops.convert_to_tensor([[[1.0, 10.0]], [[2.0, 0.0]]]),
-        axes,
+        factors.dense_axes((2, 2)),
+        in_groups=in_groups,
     )
     # Row 0: (1 + 2) * (1, 10); row 1, of the second group: 3 * (2, 0).
-    np.testing.assert_array_equal(array(delta), [[3, 30], [6, 0]])
+    np.testing.assert_array_equal(array(product), [[103, 130], [106, 200]])
 
 
 # Instances

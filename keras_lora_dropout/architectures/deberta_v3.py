@@ -21,6 +21,7 @@ import logging
 from keras import ops
 
 from keras_lora_dropout.core.keras_internals import descendants
+from keras_lora_dropout.core.masks import current_draws
 from keras_lora_dropout.core.masks import shared_inputs
 
 logger = logging.getLogger("keras_lora_dropout")
@@ -29,7 +30,8 @@ _MODULE = "keras_hub.src.models.deberta_v3."
 # Queries are scored in blocks: a block of b queries meets length + b distances
 # instead of 2 * length, but has a copy of its own of their projections.
 _LARGEST_BLOCK = 32
-_FEWEST_ROWS_FOR_BLOCKS = 4
+# Fewer rows than these for each table of positions.
+_FEW_ROWS = 4
 
 
 class LeanRelativeEmbedding:
@@ -60,17 +62,16 @@ class LeanDisentangledSelfAttention:
             return super()._compute_attention(
                 query, key, value, table, attention_mask, training
             )
+        if self._has_row_for_each_distance(length):
+            reach = self.bucket_size - length, self.bucket_size + length + 1
+            table = table[:, slice(*reach)]
         table = self._position_dropout_layer(table, training=training)
-        # Distance i - j of query i and key j; both tables end with one more.
-        distances = ops.cast(ops.arange(1 - length, length + 1), "int")
         query = query * self.scale_factor
         scores = ops.einsum("bihd,bjhd->bhij", query, key)
-        scores += self._scores_of_distances(
-            query, self._key_dense, table, -distances
-        )
+        scores += self._scores_of_distances(query, self._key_dense, table, -1)
         scores += ops.swapaxes(
             self._scores_of_distances(
-                key * self.scale_factor, self._query_dense, table, distances
+                key * self.scale_factor, self._query_dense, table, 1
             ),
             2,
             3,
@@ -79,50 +80,86 @@ class LeanDisentangledSelfAttention:
         weights = self._attn_dropout_layer(weights, training=training)
         return ops.einsum("bhij,bjhd->bihd", weights, value), weights
 
-    def _scores_of_distances(self, states, projection, table, distances):
+    def _scores_of_distances(self, states, projection, table, sign):
         """Score contents against the distances to all positions.
 
         Args:
             states: Tensor of shape `(rows, length, heads, size)`.
             projection: Layer from the table's last axis to `(heads, size)`.
-            table: Tensor of shape `(1, 2 * bucket_size, hidden_dim)`.
-            distances: `2 * length` integers. Positions `i` and `j` have the
-                distance in entry `length - 1 - i + j`.
+            table: Tensor of shape `(1, 2 * bucket_size, hidden_dim)`, or its
+                rows in reach alone: `(1, 2 * length + 1, hidden_dim)`.
+            sign: 1 or -1. Position `j` is at distance `sign * (j - i)` of
+                position `i`.
 
         Returns:
             Tensor of shape `(rows, heads, length, length)`.
         """
         rows, length, heads, size = ops.shape(states)
-        positions = self._project(projection, table, distances)
-        groups = positions.shape[0]
-        block = _block_size(length, groups, rows)
-        blocks, width = length // block, length + block
-        windows = ops.stack(
-            [
-                positions[:, start : start + width]
-                for start in range(length - block, -1, -block)
-            ],
-            axis=1,
+        draws = current_draws()
+        groups = 1 if draws is None else draws.groups
+        positions, *low_rank = self._project(
+            projection,
+            table,
+            length,
+            sign,
+            in_parts=groups != 1 and _are_few(rows, groups),
         )
-        states = ops.reshape(states, (groups, -1, blocks, block, heads, size))
-        scores = ops.einsum("gbnihd,gnwhd->hngbiw", states, windows)
+        few = _are_few(rows, positions.shape[0])
+        block = length if few else _block_size(length)
+        scores = _meet(states, positions, block)
+        if low_rank:
+            low, high = low_rank
+            shape = low.shape[0], -1, length, heads, size
+            states = ops.reshape(states, shape)
+            states = ops.einsum("gbihd,grhd->gbihr", states, high)
+            states = ops.reshape(states, (rows, length, heads, -1))
+            low = ops.repeat(ops.expand_dims(low, 2), heads, axis=2)
+            scores += _meet(states, low, block)
         # Row i of a block is shifted to the left by block - 1 - i entries: each
         # row one entry less than the row before.
-        flat = ops.reshape(scores, (heads, blocks, -1, block * width))
-        flat = flat[..., block - 1 : block - 1 + block * (width - 1)]
+        blocks, width = length // block, length + block
+        flat = scores[..., block - 1 : block - 1 + block * (width - 1)]
         scores = ops.reshape(flat, (heads, blocks, -1, block, width - 1))
         scores = ops.transpose(scores[..., :length], (2, 0, 1, 3, 4))
         return ops.reshape(scores, (-1, heads, length, length))
 
-    def _project(self, projection, table, distances):
-        """Project the table's rows for some distances, for each mask group."""
-        span = self.bucket_size
-        buckets = self._make_log_bucket_position(distances)
-        buckets = ops.clip(buckets + span, 0, 2 * span - 1)
-        with shared_inputs():
-            if distances.shape[0] <= 2 * span:
-                return projection(_take_rows(table, buckets))
-            return _take_rows(projection(table), buckets)
+    def _project(self, projection, table, length, sign, in_parts):
+        """Project the rows of `sign * d` for d from `1 - length` to `length`.
+
+        Positions `i` and `j` meet in entry `length - 1 - i + j`; the last one
+        fills the last window up.
+
+        Returns:
+            Tuple of `(groups, 2 * length, heads, size)`. With `in_parts`, if
+            the projection has masks: instead, of that with one group, what all
+            groups share, and of the factors of what a group adds,
+            `(groups, 2 * length, rank)` and `(groups, rank, heads, size)`.
+        """
+        span, rows = self.bucket_size, None
+        if self._has_row_for_each_distance(length):
+            table = ops.flip(table, axis=1) if sign < 0 else table
+            table = table[:, 1:]
+        else:
+            distances = ops.arange(1 - length, length + 1)
+            distances = sign * ops.cast(distances, "int")
+            rows = self._make_log_bucket_position(distances)
+            rows = ops.clip(rows + span, 0, 2 * span - 1)
+            if length <= span:
+                table, rows = _take_rows(table, rows), None
+        with shared_inputs(in_parts):
+            projected = projection(table)
+        if not isinstance(projected, tuple):
+            projected = (projected,)
+        if rows is None:
+            return projected
+        positions, *low_rank = projected
+        if low_rank:
+            low_rank[0] = _take_rows(low_rank[0], rows)
+        return _take_rows(positions, rows), *low_rank
+
+    def _has_row_for_each_distance(self, length):
+        """Whether no two distances between so many positions share a bucket."""
+        return length <= self.bucket_size // 2
 
 
 _MIXINS = {
@@ -215,10 +252,40 @@ def _take_rows(tensor, rows):
     return ops.reshape(taken, (1, -1, *tensor.shape[2:]))
 
 
-def _block_size(length, groups, rows):
+def _are_few(rows, groups):
+    """Whether tables of each group's own cost more than the rows do."""
+    known = isinstance(rows, int) and isinstance(groups, int)
+    return known and rows < _FEW_ROWS * groups
+
+
+def _meet(states, positions, block):
+    """Score the queries of each block against its window of positions.
+
+    Args:
+        states: Tensor of shape `(rows, length, heads, size)`.
+        positions: Tensor of shape `(groups, 2 * length, heads, size)`.
+        block: Number of queries of a block; it divides the length.
+
+    Returns:
+        Tensor of shape `(heads, blocks, rows, block * (length + block))`.
+    """
+    _, length, heads, size = ops.shape(states)
+    groups = ops.shape(positions)[0]
+    blocks, width = length // block, length + block
+    windows = ops.stack(
+        [
+            positions[:, start : start + width]
+            for start in range(length - block, -1, -block)
+        ],
+        axis=1,
+    )
+    states = ops.reshape(states, (groups, -1, blocks, block, heads, size))
+    scores = ops.einsum("gbnihd,gnwhd->hngbiw", states, windows)
+    return ops.reshape(scores, (heads, blocks, -1, block * width))
+
+
+def _block_size(length):
     """Choose how many queries are scored at once; it divides the length."""
-    if isinstance(rows, int) and rows < _FEWEST_ROWS_FOR_BLOCKS * groups:
-        return length
     divisors = (
         size
         for size in range(_LARGEST_BLOCK, _LARGEST_BLOCK // 4 - 1, -1)

@@ -1,9 +1,10 @@
-"""The low-rank delta and the axes on which its two factors act."""
+"""The products of an adapted kernel, and the axes on which factors act."""
 
 import dataclasses
 import math
 import operator
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -94,57 +95,123 @@ def einsum_axes(equation, kernel_shape, input_ndim):
     )
 
 
-def low_rank_delta(inputs, factor_a, factor_b, axes, shared=False, kernel=None):
-    """Compute `inputs @ factor_a @ factor_b` on the axes of a kernel.
+def kernel_product(inputs, kernel, axes):
+    """Multiply the input of a layer by its kernel.
 
-    No tensor of the kernel's size is formed.
+    Args:
+        inputs: Input of the layer.
+        kernel: Kernel of the layer, in its own shape.
+        axes: `FactorAxes` of the kernel.
+
+    Returns:
+        Tensor of the layer's output shape.
+    """
+    x, free_shape = _rows(inputs, axes)
+    product = ops.matmul(x, _kernel_matrix(kernel, axes))
+    return _output(product, free_shape, axes)
+
+
+def adapted_product(
+    inputs, kernel, factor_a, factor_b, axes, shared=False, in_groups=False
+):
+    """Compute `inputs @ kernel + inputs @ factor_a @ factor_b`.
+
+    No tensor of the size of `factor_a @ factor_b` is formed.
 
     Args:
         inputs: Input of the layer. With `groups > 1`, its leading axis holds
             `groups` equal blocks of rows.
+        kernel: Kernel of the layer, in its own shape.
         factor_a: Tensor of shape `(groups, input_dim, rank)`.
         factor_b: Tensor of shape `(groups, rank, output_dim)`.
         axes: `FactorAxes` of the kernel, on which the batch axis leads.
         shared: Boolean. Whether the leading axis of the input is 1 instead,
             and all groups share it; that of the result is `groups` then.
-        kernel: Matrix `(input_dim, output_dim)` whose product is added, block
-            by block, or `None`.
+        in_groups: Boolean. Whether the kernel's product is computed block by
+            block, too: with a copy of the kernel for each group.
 
     Returns:
         Tensor of the layer's output shape.
     """
-    x = ops.sum(inputs, axis=axes.summed) if axes.summed else inputs
-    if axes.permutation != tuple(range(len(axes.permutation))):
-        x = ops.transpose(x, axes.permutation)
-    free_shape = tuple(ops.shape(x))[: len(x.shape) - len(axes.contracted)]
+    x, free_shape = _rows(inputs, axes)
+    kernel = _kernel_matrix(kernel, axes)
     groups = factor_a.shape[0]
     if groups is None:
         groups = ops.shape(factor_a)[0]
     if isinstance(groups, int) and groups == 1:
-        # Flat rows: on CPUs, XLA multiplies matrices far faster than tensors.
-        x = ops.reshape(x, (-1, axes.input_dim))
-        delta = ops.matmul(ops.matmul(x, factor_a[0]), factor_b[0])
+        total, low = ops.matmul(x, kernel), ops.matmul(x, factor_a[0])
+        total = _add_product(total, low, factor_b[0])
     elif shared:
-        x = ops.reshape(x, (-1, axes.input_dim))
-        delta = ops.matmul(ops.einsum("sc,gcr->gsr", x, factor_a), factor_b)
+        low = ops.einsum("sc,gcr->gsr", x, factor_a)
+        total = ops.add(ops.matmul(x, kernel), ops.matmul(low, factor_b))
         free_shape = (groups, *free_shape[1:])
     else:
-        x = ops.reshape(x, (groups, -1, axes.input_dim))
-        delta = ops.matmul(ops.matmul(x, factor_a), factor_b)
-        if kernel is not None:
+        blocks = ops.reshape(x, (groups, -1, axes.input_dim))
+        if in_groups:
             kernels = ops.broadcast_to(kernel, (groups, *kernel.shape))
-            delta = ops.matmul(x, kernels) + delta
-    delta = ops.reshape(delta, (*free_shape, *axes.kept))
+            total = ops.matmul(blocks, kernels)
+        else:
+            shape = groups, -1, axes.output_dim
+            total = ops.reshape(ops.matmul(x, kernel), shape)
+        total = _add_product(total, ops.matmul(blocks, factor_a), factor_b)
+    return _output(total, free_shape, axes)
+
+
+def shared_parts(inputs, kernel, factor_a, factor_b, axes):
+    """Compute what `adapted_product` multiplies out, for a shared input.
+
+    Args:
+        inputs: Input of the layer, with a leading axis of 1.
+        kernel: Kernel of the layer, in its own shape.
+        factor_a: Tensor of shape `(groups, input_dim, rank)`.
+        factor_b: Tensor of shape `(groups, rank, output_dim)`.
+        axes: `FactorAxes` of the kernel, on which the batch axis leads.
+
+    Returns:
+        Tuple of the kernel's product, with a leading axis of 1, and the two
+        factors of what each group adds to its rows: `(groups, rows, rank)` and
+        `(groups, rank, *kept)`.
+    """
+    x, _ = _rows(inputs, axes)
+    low = ops.einsum("sc,gcr->gsr", x, factor_a)
+    high = ops.reshape(factor_b, (*factor_b.shape[:2], *axes.kept))
+    return kernel_product(inputs, kernel, axes), low, high
+
+
+def _rows(inputs, axes):
+    """Return the rows `(rows, input_dim)` of an input, and their own axes."""
+    x = ops.sum(inputs, axis=axes.summed) if axes.summed else inputs
+    if axes.permutation != tuple(range(len(axes.permutation))):
+        x = ops.transpose(x, axes.permutation)
+    free_shape = tuple(ops.shape(x))[: len(x.shape) - len(axes.contracted)]
+    # On CPUs, XLA multiplies matrices far faster than tensors.
+    return ops.reshape(x, (-1, axes.input_dim)), free_shape
+
+
+def _output(rows, free_shape, axes):
+    """Give rows `(..., output_dim)` the axes of the layer's output."""
+    output = ops.reshape(rows, (*free_shape, *axes.kept))
     if axes.output_permutation != tuple(range(len(axes.output_permutation))):
-        delta = ops.transpose(delta, axes.output_permutation)
-    return delta
+        output = ops.transpose(output, axes.output_permutation)
+    return output
 
 
-def kernel_matrix(kernel, axes):
+def _kernel_matrix(kernel, axes):
     """Return a kernel as the matrix `(input_dim, output_dim)`."""
     order = np.argsort(axes.kernel_permutation).tolist()
-    kernel = ops.transpose(ops.convert_to_tensor(kernel), order)
+    kernel = ops.convert_to_tensor(kernel)
+    if order != sorted(order):
+        kernel = ops.transpose(kernel, order)
     return ops.reshape(kernel, (axes.input_dim, axes.output_dim))
+
+
+def _add_product(total, left, right):
+    """Return `total + left @ right`; the dtype is that of `total`."""
+    if keras.config.backend() != "torch":
+        return ops.add(total, ops.matmul(left, right))
+    # In one operation: else, the product is written and read once more.
+    add = total.addmm if len(total.shape) == 2 else total.baddbmm
+    return add(left, ops.cast(right, total.dtype))
 
 
 def stacks(shapes):

@@ -80,13 +80,28 @@ class Draws:
         rows: Length of the leading axis of the batch, or `None` if unknown.
         inputs_shared: Boolean. Whether a layer's input has a leading axis of 1
             that all groups share; its output has one of `groups` then.
+        in_parts: Boolean. Whether a layer with masks then returns its output
+            in parts instead, not multiplied out (`factors.shared_parts`).
     """
 
-    def __init__(self, plan, values=None, rows=None, inputs_shared=False):
+    def __init__(
+        self,
+        plan,
+        values=None,
+        rows=None,
+        inputs_shared=False,
+        in_parts=False,
+    ):
         self.plan = plan
         self.values = values
         self.rows = rows
         self.inputs_shared = inputs_shared
+        self.in_parts = in_parts
+
+    @property
+    def groups(self):
+        """Number of mask groups; 1 without masks."""
+        return 1 if self.values is None else self.values.shape[0]
 
     def covers(self, layer):
         """Whether the layer is one of the model's adapted layers."""
@@ -122,18 +137,22 @@ def use_draws(draws):
 
 
 @contextlib.contextmanager
-def shared_inputs():
+def shared_inputs(in_parts=False):
     """Let the layers called inside take one input for all mask groups.
 
     Their inputs have a leading axis of 1, which stands for every row of the
     batch. A layer with masks returns one output for each group, along the
     leading axis; any other returns a leading axis of 1.
+
+    Args:
+        in_parts: Boolean. Whether a layer with masks returns what all groups
+            share and the factors of the rest, as `factors.shared_parts` does.
     """
     draws = current_draws()
     if draws is None:
         yield
         return
-    shared = Draws(draws.plan, draws.values, draws.rows, inputs_shared=True)
+    shared = Draws(draws.plan, draws.values, draws.rows, True, in_parts)
     with use_draws(shared):
         yield
 

@@ -19,11 +19,11 @@ _RANDOM_STATE = "seed_generator_state"
 class LoRADropoutAdapter:
     """Mixin that gives a linear Keras layer a LoRA Dropout adapter.
 
-    A concrete layer adds two parts. `layers/linear.py` says what kernel it has:
-    its axes (`_factor_axes`) and its own product (`_frozen_product`). A
-    factorization says how its delta is written: which weights it has
-    (`factor_names`, `_factor_shapes`, `_initial_factors`) and which two factors
-    they make (`_factor_pair`). The rest, here, is the same for all.
+    A concrete layer adds two parts. `layers/linear.py` says on which axes its
+    kernel acts (`_factor_axes`). A factorization says how its delta is written:
+    which weights it has (`factor_names`, `_factor_shapes`, `_initial_factors`)
+    and which two factors they make (`_factor_pair`). The rest, here, is the
+    same for all.
     """
 
     factor_names: tuple[str, ...] = ()
@@ -180,6 +180,10 @@ class LoRADropoutAdapter:
 
         `diag(mask_a) A` and `B diag(mask_b)` are formed once per mask, in the
         size of the factors; activations are never multiplied by a mask.
+
+        Returns:
+            The layer's output without its bias; a tuple of its parts where
+            the pass asks for them.
         """
         axes = self._axes
         # Factors are float32 under any policy, arithmetic is not.
@@ -190,9 +194,9 @@ class LoRADropoutAdapter:
             )
         )
         keep = self._masks(training)
-        shared = False
+        shared = in_parts = False
         if keep is not None:
-            shared = self._shares_inputs()
+            shared, in_parts = self._what_is_shared()
             if not shared:
                 self._check_groups(inputs, keep[0].shape[0], axes)
             factor_a = factor_a * ops.expand_dims(keep[0], 2)
@@ -200,14 +204,11 @@ class LoRADropoutAdapter:
         scale = masks.delta_scale(
             self.scaling, self.dropout_rate, self.rescale, keep is not None
         )
-        pair = factor_a, factor_b * scale
-        if not shared and self._multiplies_in_groups(inputs, factor_a.shape[0]):
-            kernel = factors.kernel_matrix(self.kernel, axes)
-            return factors.low_rank_delta(inputs, *pair, axes, kernel=kernel)
-        return ops.add(
-            self._frozen_product(inputs),
-            factors.low_rank_delta(inputs, *pair, axes, shared),
-        )
+        product = inputs, self.kernel, factor_a, factor_b * scale, axes
+        if in_parts:
+            return factors.shared_parts(*product)
+        in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
+        return factors.adapted_product(*product, shared, in_groups)
 
     def _multiplies_in_groups(self, inputs, groups):
         """Whether the kernel's product has the layout of the mask groups.
@@ -225,10 +226,12 @@ class LoRADropoutAdapter:
         sizes = axes.input_dim, axes.output_dim
         return groups * math.prod(sizes) <= rows * sum(sizes)
 
-    def _shares_inputs(self):
-        """Whether one input stands for the rows of all mask groups."""
+    def _what_is_shared(self):
+        """Whether all mask groups share one input, and want parts alone."""
         draws = masks.current_draws()
-        return draws is not None and draws.covers(self) and draws.inputs_shared
+        if draws is None or not draws.covers(self):
+            return False, False
+        return draws.inputs_shared, draws.in_parts
 
     def _check_groups(self, inputs, groups, axes):
         if groups == 1:
@@ -241,9 +244,14 @@ class LoRADropoutAdapter:
         if self.lora_rank and self.adapter_enabled:
             x = self._adapted_product(inputs, training)
         else:
-            x = self._frozen_product(inputs)
+            x = factors.kernel_product(inputs, self.kernel, self._axes)
+        parts = ()
+        if isinstance(x, tuple):
+            x, *parts = x
         if self.bias is not None:
             x = ops.add(x, self.bias)
+        if parts:
+            return x, *parts
         if self.activation is not None:
             x = self._activate(x, training)
         return x

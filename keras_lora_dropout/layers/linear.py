@@ -1,7 +1,6 @@
-"""The linear layers that can be adapted: their kernel, and their product."""
+"""The linear layers that can be adapted, and the axes of their kernels."""
 
 import keras
-from keras import ops
 
 from keras_lora_dropout.core import factors
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
@@ -28,9 +27,6 @@ class AdaptedDense(LoRADropoutAdapter, keras.layers.Dense):
     def _factor_axes(self, kernel_shape):
         return factors.dense_axes(kernel_shape)
 
-    def _frozen_product(self, inputs):
-        return ops.matmul(inputs, self.kernel)
-
 
 class AdaptedEinsumDense(LoRADropoutAdapter, keras.layers.EinsumDense):
     """An `EinsumDense` layer with an adapter of any factorization."""
@@ -55,9 +51,6 @@ class AdaptedEinsumDense(LoRADropoutAdapter, keras.layers.EinsumDense):
         return factors.einsum_axes(
             self.equation, kernel_shape, self.input_spec.ndim
         )
-
-    def _frozen_product(self, inputs):
-        return ops.einsum(self.equation, inputs, self.kernel)
 
 
 def _reject_keras_lora(kwargs):
