@@ -143,6 +143,16 @@ def test_jit_compiled_equals_eager(monkeypatch, sampling):
     )
 
 
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_torch_compile_shares_no_prefix(jit_compile):
+    """It takes a step fifteen times as long to share than not to."""
+    model = adapted_mlp()
+    assert model.mask_plan.keeps_prefix
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    shares = BACKEND != "torch" or not jit_compile
+    assert model.mask_plan.keeps_prefix == shares
+
+
 def test_partial_batches_weigh_as_keras_weighs_them():
     """The epoch's loss is the mean over examples, not over batches."""
     model = adapted_mlp(

@@ -164,8 +164,26 @@ class AdaptedModel(
             layers = [layer for _, layer in self.adapted_layers]
             if layers and all(layer.built for layer in layers):
                 self._mask_plan = masks.MaskPlan(layers)
-                shared_prefix.install(self, self._mask_plan)
+                if not self._is_compiled_by_torch():
+                    shared_prefix.install(self, self._mask_plan)
         return self._mask_plan
+
+    def _is_compiled_by_torch(self):
+        # `torch.compile` gives up on a walk that tells tensors apart by id, and
+        # compiles parts of it anew in each step.
+        is_torch = keras.config.backend() == "torch"
+        return is_torch and self.compiled and self.jit_compile
+
+    def compile(self, *args, **kwargs):
+        """As `keras.Model.compile`.
+
+        On PyTorch, `jit_compile=True` computes for each mask instance what all
+        of them could share.
+        """
+        super().compile(*args, **kwargs)
+        if self._mask_plan is not None:
+            shared_prefix.uninstall(self)
+            self._mask_plan = None
 
     def _forget_compiled_state(self):
         """Drop what was compiled for the model as it was before."""
