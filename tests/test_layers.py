@@ -295,6 +295,19 @@ def test_low_precision(case, policy, training):
     assert_close(outputs, exact(X, training=training), 0.05)
 
 
+@pytest.mark.parametrize("cls", [LoRADropoutDense, AdaLoRADropoutDense])
+def test_inputs_of_higher_precision(cls):
+    """A layer that casts nothing promotes, as Keras's `Dense` does."""
+    case = Case(cls, keras.layers.Dense)
+    options = {"dtype": "bfloat16", "autocast": False}
+    inputs = keras.ops.cast(X, "float32")
+    promoted = case.make(case.plain, **options)(inputs)
+    outputs = case.build(**options)(inputs, training=True)
+    dtype_of = keras.backend.standardize_dtype
+    assert dtype_of(outputs.dtype) == dtype_of(promoted.dtype) == "float32"
+    assert_close(outputs, case.build()(X, training=True), 0.05)
+
+
 def test_only_the_kernel_is_frozen(case):
     layer = case.build()
     names = [w.name for w in layer.trainable_weights]

@@ -4,6 +4,7 @@
 """
 
 import threading
+import weakref
 
 import keras
 import numpy as np
@@ -284,6 +285,21 @@ def test_mean_keeps_none_and_small_floats_exact():
     assert merged[1] is None
     assert dtype_of(merged[0]) == "bfloat16"
     np.testing.assert_array_equal(array(ops.cast(merged[0], "float32")), [1])
+
+
+def test_mean_holds_no_structure_but_the_sum():
+    """So that, one after another, N outputs take no more memory than two."""
+    alive = []
+
+    def outputs():
+        for n in range(4):
+            assert sum(output() is not None for output in alive) == (n == 1)
+            tensor = ops.ones((3,)) * n
+            alive.append(weakref.ref(tensor))
+            yield tensor
+            del tensor
+
+    assert_close(instances.mean(outputs()), np.full(3, 1.5))
 
 
 def test_padding_masks_travel_along():

@@ -125,10 +125,10 @@ def adapted(make, shares=True, compile_options=None, **options):
             **options,
         )
         randomize(model)
+        loss = keras.losses.MeanSquaredError()
+        options = {"optimizer": keras.optimizers.SGD(0.5), "loss": loss}
+        model.compile(**{**options, **(compile_options or {})})
         _ = model.mask_plan
-    loss = keras.losses.MeanSquaredError()
-    options = {"optimizer": keras.optimizers.SGD(0.5), "loss": loss}
-    model.compile(**{**options, **(compile_options or {})})
     return model
 
 
@@ -189,6 +189,36 @@ def test_sharing_is_found_out_at_first_use(first):
     else:
         model.ensemble_predict(x, verbose=0)
     assert model.mask_plan.spreads_prefix
+
+
+class Halves(keras.layers.Layer):
+    """Takes a batch apart, and needs an even number of rows for it."""
+
+    def call(self, inputs):
+        return ops.concatenate(ops.split(inputs, 2, axis=0), axis=0)
+
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
+
+def test_a_model_that_is_laid_out_from_the_start():
+    """The probe that shares has an odd batch; two instances of it are even."""
+
+    def make():
+        inputs = keras.Input((6,))
+        x = seeded_dense(8, 1, activation="tanh")(Halves()(inputs))
+        x = seeded_dense(8, 2, activation="tanh", name="adapted")(x)
+        return keras.Model(inputs, seeded_dense(3, 3, name="head")(x))
+
+    outputs = []
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    for sampling in ("parallel", "sequential"):
+        model = adapted(make, sampling=sampling)
+        outputs.append(
+            model.ensemble_predict(x, num_samples=2, seed=1, verbose=0)
+        )
+        assert not model.mask_plan.spreads_prefix
+    assert_close(*outputs, 1e-5)
 
 
 @pytest.mark.parametrize("sampling", ["parallel", "sequential"])
