@@ -10,6 +10,7 @@ from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutDense
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutEinsumDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutEinsumDense
+from keras_lora_dropout.metrics import BrierScore
 from keras_lora_dropout.metrics import ExpectedCalibrationError
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaLoRADropoutDense",
     "AdaLoRADropoutEinsumDense",
+    "BrierScore",
     "EnsembleEvaluation",
     "ExpectedCalibrationError",
     "LoRADropoutDense",

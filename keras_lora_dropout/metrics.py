@@ -1,4 +1,4 @@
-"""Calibration metrics."""
+"""Metrics of calibration, and of probabilities."""
 
 import keras
 from keras import ops
@@ -65,9 +65,15 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         )
 
     def update_state(self, y_true, y_pred, sample_weight=None):
-        confidence, correct = self._judge(
-            ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred)
+        labels, probabilities = _classified(
+            "ExpectedCalibrationError",
+            ops.convert_to_tensor(y_true),
+            ops.cast(y_pred, self.dtype),
+            self.from_logits,
         )
+        confidence = ops.max(probabilities, axis=-1)
+        predicted = ops.cast(ops.argmax(probabilities, axis=-1), "int32")
+        correct = ops.cast(ops.equal(labels, predicted), self.dtype)
         weight = ops.ones_like(confidence)
         if sample_weight is not None:
             given = ops.cast(sample_weight, self.dtype)
@@ -102,43 +108,90 @@ class ExpectedCalibrationError(keras.metrics.Metric):
             "from_logits": self.from_logits,
         }
 
-    def _judge(self, y_true, y_pred):
-        """Return confidence and correctness, both of shape `(batch, ...)`."""
-        y_pred = ops.cast(y_pred, self.dtype)
-        is_binary = y_pred.shape[-1] == 1 or (
-            len(y_pred.shape) == len(y_true.shape)
-            and y_pred.shape == y_true.shape
-            and len(y_pred.shape) == 1
-        )
-        if is_binary:
-            return self._judge_binary(y_true, y_pred)
-        if self.from_logits:
-            y_pred = ops.softmax(y_pred)
-        if len(y_true.shape) == len(y_pred.shape):
-            if y_true.shape[-1] == y_pred.shape[-1]:
-                y_true = ops.argmax(y_true, axis=-1)
-            elif y_true.shape[-1] == 1:
-                y_true = ops.squeeze(y_true, -1)
-        if len(y_true.shape) != len(y_pred.shape) - 1:
-            raise ValueError(
-                "`ExpectedCalibrationError` needs class indices or one-hot "
-                "labels that fit the predictions. Received: y_true of shape "
-                f"{tuple(y_true.shape)}, y_pred of shape {tuple(y_pred.shape)}."
-            )
-        predicted = ops.argmax(y_pred, axis=-1)
-        correct = ops.equal(
-            ops.cast(y_true, "int32"), ops.cast(predicted, "int32")
-        )
-        return ops.max(y_pred, axis=-1), ops.cast(correct, self.dtype)
 
-    def _judge_binary(self, y_true, y_pred):
-        if self.from_logits:
-            y_pred = ops.sigmoid(y_pred)
+@keras.saving.register_keras_serializable(package="keras_lora_dropout")
+class BrierScore(keras.metrics.MeanMetricWrapper):
+    """Mean squared distance between probabilities and what came true.
+
+    For each example, the sum over the classes of `(probability - label)**2`,
+    where the label is 1 for the true class: between 0 and 2, less is better.
+    Unlike the calibration error, it is least for the true probabilities alone.
+    For two classes it is twice what scikit-learn calls the score of a
+    probability of class 1.
+
+    Reference: [Brier, 1950](https://doi.org/10.1175/1520-0493(1950)078%3C0001:VOFEIT%3E2.0.CO;2).
+
+    Args:
+        from_logits: Boolean. Whether predictions are logits. Defaults to
+            `False`: probabilities.
+        name: String. Name of the metric.
+        dtype: Dtype of the result.
+
+    Call arguments: as of `ExpectedCalibrationError`.
+
+    Raises:
+        ValueError: If the shapes of labels and predictions do not fit.
+
+    Example:
+
+    >>> metric = BrierScore()
+    >>> metric.update_state([0, 1], [[0.5, 0.5], [0.0, 1.0]])
+    >>> float(metric.result())
+    0.25
+    """
+
+    def __init__(self, from_logits=False, name="brier_score", dtype=None):
+        self.from_logits = validation.boolean("from_logits", from_logits)
+        super().__init__(
+            _brier_scores, name=name, dtype=dtype, from_logits=from_logits
+        )
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "from_logits": self.from_logits,
+        }
+
+
+def _brier_scores(y_true, y_pred, from_logits):
+    y_true, y_pred = map(ops.convert_to_tensor, (y_true, y_pred))
+    labels, probabilities = _classified(
+        "BrierScore", y_true, y_pred, from_logits
+    )
+    classes = probabilities.shape[-1]
+    truth = ops.one_hot(labels, classes, dtype=probabilities.dtype)
+    return ops.sum(ops.square(probabilities - truth), axis=-1)
+
+
+def _classified(metric, y_true, y_pred, from_logits):
+    """Bring labels and predictions into the one form of several classes.
+
+    Returns:
+        Class indices of shape `(batch, ...)`, and probabilities of shape
+        `(batch, ..., classes)`.
+    """
+    is_binary = y_pred.shape[-1] == 1 or (
+        len(y_pred.shape) == 1 and y_pred.shape == y_true.shape
+    )
+    if is_binary:
         y_pred, y_true = (
             ops.squeeze(t, -1) if t.shape[-1] == 1 and len(t.shape) > 1 else t
             for t in (y_pred, y_true)
         )
-        positive = y_pred > 0.5
-        correct = ops.equal(ops.cast(y_true, "bool"), positive)
-        confidence = ops.where(positive, y_pred, 1.0 - y_pred)
-        return confidence, ops.cast(correct, self.dtype)
+        p = ops.sigmoid(y_pred) if from_logits else y_pred
+        return ops.cast(y_true, "int32"), ops.stack([1.0 - p, p], axis=-1)
+    if len(y_true.shape) == len(y_pred.shape):
+        if y_true.shape[-1] == y_pred.shape[-1]:
+            y_true = ops.argmax(y_true, axis=-1)
+        elif y_true.shape[-1] == 1:
+            y_true = ops.squeeze(y_true, -1)
+    if len(y_true.shape) != len(y_pred.shape) - 1:
+        raise ValueError(
+            f"`{metric}` needs class indices or one-hot labels that fit the "
+            f"predictions. Received: y_true of shape {tuple(y_true.shape)}, "
+            f"y_pred of shape {tuple(y_pred.shape)}."
+        )
+    if from_logits:
+        y_pred = ops.softmax(y_pred)
+    return ops.cast(y_true, "int32"), y_pred

@@ -1,4 +1,4 @@
-"""Figures with matplotlib: calibration, training curves, adapted ranks."""
+"""Figures with matplotlib: calibration, training curves, ranks, bounds."""
 
 import collections.abc
 
@@ -8,9 +8,18 @@ import numpy as np
 from keras_lora_dropout import rank_plot
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.metrics import ExpectedCalibrationError
+from keras_lora_dropout.theory import GeneralizationBound
 
 _MODES = ("auto", "min", "max")
-_LESS_IS_BETTER = ("loss", "error", "entropy", "perplexity", "mse", "mae")
+_LESS_IS_BETTER = (
+    "loss",
+    "error",
+    "entropy",
+    "perplexity",
+    "brier",
+    "mse",
+    "mae",
+)
 _MORE_IS_BETTER = ("acc", "auc", "precision", "recall", "f1", "iou")
 
 
@@ -193,6 +202,59 @@ def plot_rank_history(history, *, ax=None):
     ax = _axes(ax, figsize=rank_plot.figure_size(len(paths)))
     rank_plot.draw_ranks(ax, steps, paths, kept)
     return ax
+
+
+def plot_generalization_gap(bounds, *, ax=None):
+    """Draw the bound of the generalization gap against the dropout rate.
+
+    It holds under the paper's assumptions: see `GeneralizationBound`.
+
+    Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Theorem
+    4.4.
+
+    Args:
+        bounds: A `GeneralizationBound`; to compare several, a dict of label ->
+            bound.
+        ax: Matplotlib `Axes`, or `None` for a new figure.
+
+    Returns:
+        The matplotlib `Axes`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If `bounds` or `ax` is none of these.
+
+    Example:
+
+    >>> bounds = {
+    ...     f"n = {n}": GeneralizationBound(n, smallest_eigenvalue=0.1)
+    ...     for n in (512, 3668)
+    ... }
+    >>> ax = plot_generalization_gap(bounds)
+    >>> [line.get_label() for line in ax.lines]
+    ['n = 512', 'n = 3668']
+    """
+    named = {"": bounds} if isinstance(bounds, GeneralizationBound) else bounds
+    is_dict = isinstance(named, collections.abc.Mapping) and named
+    if not is_dict or not all(
+        isinstance(bound, GeneralizationBound) for bound in named.values()
+    ):
+        raise TypeError(
+            "`bounds` must be a `GeneralizationBound`, or a dict of label -> "
+            f"`GeneralizationBound`. Received: bounds={bounds!r} (of type "
+            f"{type(bounds).__name__})."
+        )
+    ax = _axes(ax, figsize=(6, 4))
+    rates = np.linspace(0, 1, 201)
+    for label, bound in named.items():
+        ax.plot(rates, bound.gap(rates), label=label or None)
+    ax.set(
+        xlabel="dropout rate",
+        ylabel="bound of expected loss minus training loss",
+        xlim=(0, 1),
+    )
+    ax.set_ylim(bottom=0)
+    return _with_legend(ax) if any(named) else ax
 
 
 def _axes(ax, figsize):

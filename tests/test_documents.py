@@ -26,19 +26,19 @@ from helpers import BACKEND
 
 import keras_lora_dropout as kld
 from keras_lora_dropout import plots
+from keras_lora_dropout import theory
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
 API_PAGES = sorted(ROOT.glob("docs/api/*.md"))
-PLOTS = [
-    name
-    for name, function in vars(plots).items()
-    if inspect.isfunction(function)
-    and function.__module__ == plots.__name__
-    and not name.startswith("_")
-]
 PUBLIC = {name: getattr(kld, name) for name in kld.__all__}
-PUBLIC |= {name: getattr(plots, name) for name in PLOTS}
+PUBLIC |= {
+    name: value
+    for module in (plots, theory)
+    for name, value in vars(module).items()
+    if getattr(value, "__module__", None) == module.__name__
+    and not name.startswith("_")
+}
 
 BLOCK = re.compile(r"^```(\w*)[ ]?(\w*)\n(.*?)^```$", re.M | re.S)
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

@@ -1,4 +1,4 @@
-"""`ExpectedCalibrationError` against definitions written out in NumPy."""
+"""Calibration metrics against definitions written out in NumPy."""
 
 import keras
 import numpy as np
@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from keras_lora_dropout import BrierScore
 from keras_lora_dropout import ExpectedCalibrationError
+
+METRICS = [ExpectedCalibrationError, BrierScore]
 
 
 def reference(confidence, correct, weight=None, num_bins=15):
@@ -38,8 +41,10 @@ def random_predictions(examples=200, classes=4, seed=0):
     return generator.integers(0, classes, examples), probabilities, logits
 
 
-def measured(y_true, y_pred, sample_weight=None, **options):
-    metric = ExpectedCalibrationError(**options)
+def measured(
+    y_true, y_pred, sample_weight=None, cls=ExpectedCalibrationError, **options
+):
+    metric = cls(**options)
     metric.update_state(y_true, y_pred, sample_weight)
     return keras.ops.convert_to_numpy(metric.result())
 
@@ -88,34 +93,73 @@ def test_by_hand():
     assert_close(measured([1, 0], np.eye(2)), 1.0)
 
 
-def test_streaming_equals_one_batch_and_reset_forgets():
+def brier(y_true, y_pred, sample_weight=None, **options):
+    return measured(y_true, y_pred, sample_weight, BrierScore, **options)
+
+
+def test_brier_score_of_several_classes():
+    labels, probabilities, logits = random_predictions()
+    expected = np.mean(((probabilities - np.eye(4)[labels]) ** 2).sum(1))
+    for y_true in (labels, labels[:, None], np.eye(4)[labels]):
+        assert_close(brier(y_true, probabilities), expected)
+    assert_close(brier(labels, logits, from_logits=True), expected)
+
+
+def test_brier_score_of_two_classes():
+    generator = np.random.default_rng(1)
+    logits = generator.normal(0, 2, 300).astype("float32")
+    p = 1 / (1 + np.exp(-logits))
+    labels = generator.integers(0, 2, 300)
+    expected = 2 * np.mean((p - labels) ** 2)
+    for y_true, y_pred in ((labels, p), (labels[:, None], p[:, None])):
+        assert_close(brier(y_true, y_pred), expected)
+    assert_close(brier(labels, logits[:, None], from_logits=True), expected)
+    assert_close(brier(labels, np.stack([1 - p, p], axis=1)), expected)
+
+
+def test_brier_score_is_proper():
+    """In expectation, none but the true probabilities score best."""
+    truth = np.array([0.2, 0.5, 0.3], "float32")
+    labels = np.repeat(np.arange(3), [200, 500, 300])
+    best = brier(labels, np.tile(truth, (1000, 1)))
+    generator = np.random.default_rng(0)
+    for other in generator.dirichlet([1, 1, 1], 20).astype("float32"):
+        assert brier(labels, np.tile(other, (1000, 1))) > best
+
+
+@pytest.mark.parametrize("cls", METRICS)
+def test_streaming_equals_one_batch_and_reset_forgets(cls):
     labels, probabilities, _ = random_predictions()
-    metric = ExpectedCalibrationError()
+    metric = cls()
     for start in range(0, 200, 33):
         rows = slice(start, start + 33)
         metric.update_state(labels[rows], probabilities[rows])
-    assert_close(metric.result(), measured(labels, probabilities))
+    expected = measured(labels, probabilities, cls=cls)
+    assert_close(metric.result(), expected)
     metric.reset_state()
     assert_close(metric.result(), 0.0)
 
 
-def test_sample_weights():
+@pytest.mark.parametrize("cls", METRICS)
+def test_sample_weights(cls):
     labels, probabilities, _ = random_predictions()
     weight = np.random.default_rng(2).integers(0, 3, 200).astype("float32")
     repeated = np.repeat(np.arange(200), weight.astype(int))
-    expected = measured(labels[repeated], probabilities[repeated])
-    assert_close(measured(labels, probabilities, weight), expected)
-    assert_close(measured(labels, probabilities, weight[:, None]), expected)
+    expected = measured(labels[repeated], probabilities[repeated], cls=cls)
+    for weights in (weight, weight[:, None]):
+        assert_close(measured(labels, probabilities, weights, cls), expected)
 
 
-def test_several_positions_per_example():
+@pytest.mark.parametrize("cls", METRICS)
+def test_several_positions_per_example(cls):
     labels, probabilities, _ = random_predictions(examples=60)
     weight = np.linspace(0, 1, 60).astype("float32")
-    expected = measured(labels, probabilities, weight)
+    expected = measured(labels, probabilities, weight, cls)
     shaped = measured(
         labels.reshape(6, 10),
         probabilities.reshape(6, 10, 4),
         weight.reshape(6, 10),
+        cls,
     )
     assert_close(shaped, expected)
 
@@ -156,11 +200,17 @@ def test_in_compile_and_in_ensembles():
     )
 
 
-def test_config_round_trip():
-    metric = ExpectedCalibrationError(num_bins=9, from_logits=True, name="c")
+@pytest.mark.parametrize(
+    "metric",
+    [
+        ExpectedCalibrationError(num_bins=9, from_logits=True, name="c"),
+        BrierScore(from_logits=True, name="b"),
+    ],
+)
+def test_config_round_trip(metric):
     config = keras.saving.serialize_keras_object(metric)
     copied = keras.saving.deserialize_keras_object(config)
-    assert isinstance(copied, ExpectedCalibrationError)
+    assert type(copied) is type(metric)
     assert copied.get_config() == metric.get_config()
 
 
@@ -170,15 +220,18 @@ def test_bad_number_of_bins(num_bins):
         ExpectedCalibrationError(num_bins=num_bins)
 
 
-def test_bad_from_logits():
+@pytest.mark.parametrize("cls", METRICS)
+def test_bad_from_logits(cls):
     with pytest.raises(TypeError, match="from_logits"):
-        ExpectedCalibrationError(from_logits="yes")
+        cls(from_logits="yes")
 
 
 @pytest.mark.parametrize(
     ("labels", "predictions"),
     [((5, 3), (5, 4)), ((5, 2, 2), (5, 4)), ((), (5, 4))],
 )
-def test_labels_that_do_not_fit(labels, predictions):
-    with pytest.raises(ValueError, match="class indices or one-hot"):
-        measured(np.zeros(labels, "int32"), np.full(predictions, 0.25))
+@pytest.mark.parametrize("cls", METRICS)
+def test_labels_that_do_not_fit(labels, predictions, cls):
+    y_true, y_pred = np.zeros(labels, "int32"), np.full(predictions, 0.25)
+    with pytest.raises(ValueError, match=f"{cls.__name__}.*class indices or"):
+        measured(y_true, y_pred, cls=cls)

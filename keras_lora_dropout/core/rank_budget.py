@@ -2,8 +2,6 @@
 
 import bisect
 import dataclasses
-import math
-import numbers
 
 import keras
 import numpy as np
@@ -102,8 +100,10 @@ class RankBudget:
         _check_steps("final_steps", self.final_steps, at_least=0)
         _check_steps("mask_interval", self.mask_interval, at_least=1)
         for name in ("beta_1", "beta_2"):
-            _check_real(name, getattr(self, name), "in (0, 1)", 0, 1)
-        _check_real("orthogonal_penalty", self.orthogonal_penalty, "0 or more")
+            validation.number(name, getattr(self, name), "in (0, 1)", 0, 1)
+        validation.number(
+            "orthogonal_penalty", self.orthogonal_penalty, "0 or more"
+        )
         validation.word(
             "orthogonal_form", self.orthogonal_form, ORTHOGONAL_FORMS
         )
@@ -254,17 +254,6 @@ def _check_steps(name, value, at_least):
             )
     else:
         validation.integer(name, value, at_least)
-
-
-def _check_real(name, value, allowed, low=None, high=math.inf):
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if is_real and low is None and 0 <= value < high:
-        return
-    if is_real and low is not None and low < value < high:
-        return
-    raise ValueError(
-        f"`{name}` must be a number, {allowed}. Received: {name}={value!r}."
-    )
 
 
 def _given(name, given, steps):

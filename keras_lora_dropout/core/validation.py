@@ -43,6 +43,26 @@ def dropout_rate(value):
     return float(value)
 
 
+def number(name, value, allowed, low=None, high=math.inf):
+    """Return `value` as `float`; raise `ValueError` unless it is in range.
+
+    Args:
+        name: String. Name of the argument.
+        value: The argument.
+        allowed: String that says what is allowed.
+        low: The value must be more; with `None`, 0 or more.
+        high: The value must be less.
+    """
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if is_real and low is None and 0 <= value < high:
+        return float(value)
+    if is_real and low is not None and low < value < high:
+        return float(value)
+    raise ValueError(
+        f"`{name}` must be a number, {allowed}. Received: {name}={value!r}."
+    )
+
+
 def alpha(value, rank):
     """Return the strength as `float`; `None` means `rank` (scaling 1)."""
     if value is None:
