@@ -1,0 +1,99 @@
+"""From the scores of tokens to the text of an answer."""
+
+import numpy as np
+
+
+def best_span(start_scores, end_scores, allowed, max_length=30):
+    """Find the span of tokens with the highest score.
+
+    Args:
+        start_scores: Array of shape `(windows, length)`. Score, such as the
+            logit, of each token as the first of the answer.
+        end_scores: Array of the same shape. Score as the last one.
+        allowed: Boolean array of the same shape. Where an answer may start and
+            end: on the tokens of the context.
+        max_length: Positive integer. Most tokens of an answer.
+
+    Returns:
+        Tuple of window, first token, last token and score, the sum of the two;
+        `None` if no token is allowed.
+
+    Raises:
+        ValueError: If shapes differ, or a score is NaN.
+    """
+    start_scores, end_scores, allowed = map(
+        np.asarray, (start_scores, end_scores, allowed)
+    )
+    shapes = start_scores.shape, end_scores.shape, allowed.shape
+    if start_scores.ndim != 2 or len(set(shapes)) > 1:
+        raise ValueError(
+            "Scores of starts and ends need the shape (windows, length) of "
+            f"the tokens. Received: {shapes[0]}, {shapes[1]}, and tokens of "
+            f"shape {shapes[2]}."
+        )
+    if np.isnan(start_scores).any() or np.isnan(end_scores).any():
+        raise ValueError(
+            "Scores must be numbers. Received: NaN; look for what made the "
+            "model diverge."
+        )
+    length = start_scores.shape[1]
+    start = np.where(allowed, start_scores, -np.inf)
+    end = np.where(allowed, end_scores, -np.inf)
+    best, found = -np.inf, None
+    for extra in range(min(max_length, length)):
+        scores = start[:, : length - extra] + end[:, extra:]
+        place = int(np.argmax(scores))
+        window, first = divmod(place, length - extra)
+        if scores[window, first] > best:
+            best = scores[window, first]
+            found = window, first, first + extra, float(best)
+    return found
+
+
+def decode_answer(
+    start_scores,
+    end_scores,
+    spans,
+    context,
+    *,
+    max_length=30,
+    null_threshold=None,
+):
+    """Return the answer to one question, as text of its context.
+
+    Each window of a long context has scores of its own, and the best span of
+    them all is the answer. A question may have no answer (SQuAD v2.0) if there
+    is a `null_threshold`: windows vote for that with their first token.
+
+    Reference: [Devlin et al., 2019](https://arxiv.org/abs/1810.04805), section
+    4.3.
+
+    Args:
+        start_scores: Array of shape `(windows, length)`. Score, such as the
+            logit, of each token as the first of the answer.
+        end_scores: Array of the same shape. Score as the last one.
+        spans: Integer array of shape `(windows, length, 2)`. Where the text of
+            each token starts and ends in the context, in characters; negative
+            for tokens that are none of the context's.
+        context: String.
+        max_length: Positive integer. Most tokens of an answer.
+        null_threshold: Number, or `None` if there always is an answer. The
+            answer is `""` if the best score of no answer is more than this
+            above the best score of a span.
+
+    Returns:
+        String, a part of the context, or `""`.
+
+    Raises:
+        ValueError: As from `best_span`.
+    """
+    allowed = np.asarray(spans)[:, :, 0] >= 0
+    found = best_span(start_scores, end_scores, allowed, max_length)
+    if found is None:
+        return ""
+    window, first, last, score = found
+    if null_threshold is not None:
+        null = np.min(np.add(start_scores, end_scores)[:, 0])
+        if null - score > null_threshold:
+            return ""
+    return context[spans[window][first][0] : spans[window][last][1]]
