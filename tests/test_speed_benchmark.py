@@ -196,3 +196,17 @@ def test_bad_command_lines_are_refused(tmp_path, arguments, message):
 def test_a_report_of_nothing_is_refused(tmp_path):
     printed = run("speed_report.py", "--input", tmp_path, code=2)
     assert "run speed.py first" in printed
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="counts what torch dispatches")
+def test_matrix_products_are_those_of_peft(tmp_path):
+    printed = run("counted_flops.py", "--smoke", "--output", tmp_path)
+    assert "deberta: PEFT LoRA" in printed
+    flops = json.loads((tmp_path / "counted_flops.json").read_text())["flops"]
+    bert, deberta = flops["bert"], flops["deberta"]
+    assert bert["n1"] == bert["plain"] == bert["n1-example"]
+    assert bert["n1"] == bert["peft-lora"] < bert["kerashub"]
+    assert bert["n4"] == 4 * bert["n1"]
+    assert deberta["n1"] < deberta["peft-lora"] < deberta["kerashub"]
+    table = (tmp_path / "counted_flops.md").read_text()
+    assert "| PEFT LoRA | " in table

@@ -160,12 +160,16 @@ class AdaptedModel(
         """The `MaskPlan`, or `None` while the model is not ready for one."""
         if self.lora_dropout is None:
             return None
-        if self._mask_plan is None:
+        shares = not self._is_compiled_by_torch()
+        if self._mask_plan is None or self._mask_plan.may_share != shares:
+            self._mask_plan = None
             layers = [layer for _, layer in self.adapted_layers]
             if layers and all(layer.built for layer in layers):
-                self._mask_plan = masks.MaskPlan(layers)
-                if not self._is_compiled_by_torch():
+                self._mask_plan = masks.MaskPlan(layers, may_share=shares)
+                if shares:
                     shared_prefix.install(self, self._mask_plan)
+                else:
+                    shared_prefix.uninstall(self)
         return self._mask_plan
 
     def _is_compiled_by_torch(self):
@@ -173,17 +177,6 @@ class AdaptedModel(
         # compiles parts of it anew in each step.
         is_torch = keras.config.backend() == "torch"
         return is_torch and self.compiled and self.jit_compile
-
-    def compile(self, *args, **kwargs):
-        """As `keras.Model.compile`.
-
-        On PyTorch, `jit_compile=True` computes for each mask instance what all
-        of them could share.
-        """
-        super().compile(*args, **kwargs)
-        if self._mask_plan is not None:
-            shared_prefix.uninstall(self)
-            self._mask_plan = None
 
     def _forget_compiled_state(self):
         """Drop what was compiled for the model as it was before."""

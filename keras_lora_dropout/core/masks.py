@@ -41,9 +41,12 @@ class MaskPlan:
 
     Args:
         layers: The adapted layers, in forward order.
+        may_share: Boolean. Whether instances may share what lies before the
+            first of them.
     """
 
-    def __init__(self, layers):
+    def __init__(self, layers, may_share=True):
+        self.may_share = may_share
         self.columns = {}
         self.width = 0
         for layer in layers:
