@@ -123,8 +123,6 @@ def environment(contender, options):
     variables = {
         **os.environ,
         "OMP_NUM_THREADS": str(options.threads),
-        # Threads of idle children sleep; spinning, they slow the one at work.
-        "OMP_WAIT_POLICY": "passive",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "HF_HUB_OFFLINE": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

@@ -140,7 +140,8 @@ class Run:
         for action in actions:
             if child.does(action):
                 # In a training, step follows step; this call finds the caches
-                # as the contender before it has left them.
+                # as the contender before it has left them, and its threads
+                # still spinning.
                 child.ask(action)
                 milliseconds = child.ask(action)
                 contender = child.contender
