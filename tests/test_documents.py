@@ -27,6 +27,8 @@ from helpers import BACKEND
 import keras_lora_dropout as kld
 from keras_lora_dropout import plots
 from keras_lora_dropout import theory
+from keras_lora_dropout.question_answering import decoding
+from keras_lora_dropout.question_answering import scores
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
@@ -34,7 +36,7 @@ API_PAGES = sorted(ROOT.glob("docs/api/*.md"))
 PUBLIC = {name: getattr(kld, name) for name in kld.__all__}
 PUBLIC |= {
     name: value
-    for module in (plots, theory)
+    for module in (plots, theory, scores, decoding)
     for name, value in vars(module).items()
     if getattr(value, "__module__", None) == module.__name__
     and not name.startswith("_")

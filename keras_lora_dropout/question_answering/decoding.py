@@ -20,6 +20,11 @@ def best_span(start_scores, end_scores, allowed, max_length=30):
 
     Raises:
         ValueError: If shapes differ, or a score is NaN.
+
+    Example:
+
+    >>> best_span([[0, 1, 3]], [[0, 9, 4]], [[False, True, True]], max_length=2)
+    (0, 1, 1, 10.0)
     """
     start_scores, end_scores, allowed = map(
         np.asarray, (start_scores, end_scores, allowed)
@@ -86,6 +91,12 @@ def decode_answer(
 
     Raises:
         ValueError: As from `best_span`.
+
+    Example:
+
+    >>> spans = [[[-1, -1], [0, 6], [7, 14]]]
+    >>> decode_answer([[0, 1, 3]], [[0, 2, 4]], spans, "Denver Broncos")
+    'Broncos'
     """
     allowed = np.asarray(spans)[:, :, 0] >= 0
     found = best_span(start_scores, end_scores, allowed, max_length)

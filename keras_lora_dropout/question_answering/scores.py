@@ -21,6 +21,11 @@ class AnswerScores:
         exact_match: Share of answers that are one of the accepted ones.
         f1: Mean overlap of words with the best of the accepted ones.
         count: Number of questions.
+
+    Example:
+
+    >>> AnswerScores(exact_match=50.0, f1=75.0, count=2).f1
+    75.0
     """
 
     exact_match: float
