@@ -145,7 +145,7 @@ def test_jit_compiled_equals_eager(monkeypatch, sampling):
 
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_torch_compile_shares_no_prefix(jit_compile):
-    """It takes a step fifteen times as long to share than not to."""
+    """There, a step that shares takes several times as long."""
     model = adapted_mlp()
     assert model.mask_plan.keeps_prefix
     model.compile("sgd", "mse", jit_compile=jit_compile)

@@ -30,7 +30,7 @@ _MODULE = "keras_hub.src.models.deberta_v3."
 # Queries are scored in blocks: a block of b queries meets length + b distances
 # instead of 2 * length, but has a copy of its own of their projections.
 _LARGEST_BLOCK = 32
-# Fewer rows than these for each table of positions.
+# A table of positions costs more than fewer rows than these that it serves.
 _FEW_ROWS = 4
 
 
@@ -63,8 +63,8 @@ class LeanDisentangledSelfAttention:
                 query, key, value, table, attention_mask, training
             )
         if self._has_row_for_each_distance(length):
-            reach = self.bucket_size - length, self.bucket_size + length + 1
-            table = table[:, slice(*reach)]
+            middle = self.bucket_size  # The row of distance 0.
+            table = table[:, middle - length : middle + length + 1]
         table = self._position_dropout_layer(table, training=training)
         query = query * self.scale_factor
         scores = ops.einsum("bihd,bjhd->bhij", query, key)

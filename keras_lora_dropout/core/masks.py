@@ -155,7 +155,13 @@ def shared_inputs(in_parts=False):
     if draws is None:
         yield
         return
-    shared = Draws(draws.plan, draws.values, draws.rows, True, in_parts)
+    shared = Draws(
+        draws.plan,
+        draws.values,
+        draws.rows,
+        inputs_shared=True,
+        in_parts=in_parts,
+    )
     with use_draws(shared):
         yield
 

@@ -208,7 +208,9 @@ class LoRADropoutAdapter:
         if in_parts:
             return factors.shared_parts(*product)
         in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
-        return factors.adapted_product(*product, shared, in_groups)
+        return factors.adapted_product(
+            *product, shared=shared, in_groups=in_groups
+        )
 
     def _multiplies_in_groups(self, inputs, groups):
         """Whether the kernel's product has the layout of the mask groups.

@@ -37,7 +37,8 @@ def score_answers(predictions, accepted):
     """Compute exact match and F1 of predicted answers.
 
     Answers are compared without case, ASCII punctuation, articles and extra
-    spaces, and the best of a question's accepted answers counts.
+    spaces, and the best of a question's accepted answers counts. An
+    accepted answer of which nothing is left is none, as in v2.0's script.
 
     Args:
         predictions: List of strings, one for each question; `""` for no
