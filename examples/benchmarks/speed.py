@@ -17,6 +17,8 @@ import platform
 import signal
 import sys
 
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
 import arguments
 from children import Child
 from children import ChildFailed
@@ -50,7 +52,7 @@ def main():
     results = Results(folder / name, describe(options, workload), planned)
     results.save()
     samples = options.repeats * sum(map(len, planned.values()))
-    run = Run(workload, options, results, Progress(samples))
+    run = Run(workload, options, results, Progress(samples, "samples"))
     try:
         try:
             if not options.one_at_a_time:
@@ -146,8 +148,11 @@ class Run:
                 milliseconds = child.ask(action)
                 contender = child.contender
                 self._results.add(contender, action, milliseconds)
-                name = f"{contender.name} {action}"
-                self._progress.sample(name, milliseconds)
+                self._progress.advance(
+                    1,
+                    f"{contender.name} {action}: {milliseconds:.0f} ms",
+                    seconds=milliseconds / 1000,
+                )
 
 
 def room_for_all(children):

@@ -1,0 +1,299 @@
+"""Runs a cell: fine-tunes a model, and scores its networks."""
+
+import importlib
+import json
+import math
+import os
+import platform
+import time
+
+import keras
+import keras_hub
+import numpy as np
+from methods import METHODS
+from models import build_classifier
+from models import encode
+from scores import score
+from tasks import TASKS
+
+import keras_lora_dropout as kld
+from keras_lora_dropout.storage.atomic import write_atomically
+
+PREDICTION_BATCH_SIZE = 64
+SAVE_SECONDS = 60.0
+
+
+def run(cell, rows, folder, progress):
+    """Run a cell to its end, from where it was interrupted.
+
+    Args:
+        cell: `Cell`.
+        rows: Dictionary from a split's name to its rows: `"train"`,
+            `"selection"` and those of the task to evaluate.
+        folder: Path of the folder where an unfinished run keeps its state.
+        progress: Function of the work that was done, in rows predicted.
+
+    Returns:
+        The result, as it is stored.
+    """
+    keras.config.set_dtype_policy(cell.dtype_policy)
+    task = TASKS[cell.task]
+    steps = cell.epochs * -(-len(rows["train"]) // cell.batch_size)
+    model = build_model(cell, steps)
+    data = {
+        split: (encode(model, task.texts, part), labels_of(task, part))
+        for split, part in rows.items()
+        if part
+    }
+    model.preprocessor = None  # The inputs are encoded.
+    compile_model(model, cell, steps)
+    networks = Networks(model, cell, data, progress)
+    journal = Journal(model, folder)
+    for epoch in range(len(journal.epochs), cell.epochs):
+        entry = train_epoch(model, cell, epoch, *data["train"])
+        progress(len(rows["train"]) * training_cost(cell))
+        if cell.curves:
+            entry["scores"] = networks.scores(task.splits[0])
+        journal.add(entry)
+    if getattr(model, "rank_budget", None) is not None:
+        model.compact_ranks()
+    return {
+        "examples": {split: len(part) for split, part in rows.items()},
+        "weights": count_weights(model),
+        "seconds": sum(epoch["seconds"] for epoch in journal.epochs),
+        "diverged": not math.isfinite(journal.epochs[-1]["loss"]),
+        "scores": {
+            split: networks.scores(split, mean_only=split == "selection")
+            for split in data
+            if split != "train"
+        },
+        "epochs": journal.epochs,
+        "versions": versions(),
+        "machine": machine(model),
+    }
+
+
+def train_epoch(model, cell, epoch, x, y):
+    """Train for one epoch, in an order that depends on its number alone."""
+    order = np.random.default_rng((cell.seed, epoch)).permutation(len(y))
+    started = time.perf_counter()
+    history = model.fit(
+        {name: array[order] for name, array in x.items()},
+        y[order],
+        batch_size=cell.batch_size,
+        initial_epoch=epoch,
+        epochs=epoch + 1,
+        verbose=0,
+    )
+    seconds = time.perf_counter() - started
+    loss = float(history.history["loss"][0])
+    return {"loss": loss, "seconds": round(seconds, 2)}
+
+
+def build_model(cell, steps):
+    """Build and adapt the model of a cell, with the head of its seed."""
+    keras.utils.set_random_seed(cell.seed)
+    model = build_classifier(
+        cell.preset,
+        TASKS[cell.task].classes,
+        cell.head_dropout,
+        cell.sequence_length,
+    )
+    METHODS[cell.method].enable(model, cell, steps)
+    return model
+
+
+def compile_model(model, cell, steps):
+    optimizer = keras.optimizers.AdamW(
+        LinearDecay(cell.learning_rate, steps, cell.warmup),
+        weight_decay=cell.weight_decay,
+    )
+    optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+    if TASKS[cell.task].classes == 1:
+        loss = keras.losses.MeanSquaredError()
+    else:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss)
+
+
+def labels_of(task, rows):
+    kind = "float32" if task.classes == 1 else "int32"
+    return np.array([row["label"] for row in rows], kind)
+
+
+@keras.saving.register_keras_serializable("keras_lora_dropout_paper")
+class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises linearly from 0, and falls to 0 likewise.
+
+    Args:
+        rate: The highest rate.
+        steps: Integer. Steps of the run.
+        warmup: Steps of the rise, or their share of the run.
+    """
+
+    def __init__(self, rate, steps, warmup):
+        self.rate, self.steps, self.warmup = rate, steps, warmup
+        rise = warmup if warmup >= 1 else warmup * steps
+        self._rise = min(max(rise, 1.0), steps)
+
+    def __call__(self, step):
+        # The step that is taken has the number `step + 1`.
+        step = keras.ops.cast(step, "float32") + 1.0
+        left = max(self.steps - self._rise, 1.0)
+        rising = step / self._rise
+        falling = (self.steps - step + 1.0) / left
+        share = keras.ops.clip(keras.ops.minimum(rising, falling), 0.0, 1.0)
+        return self.rate * share
+
+    def get_config(self):
+        return {"rate": self.rate, "steps": self.steps, "warmup": self.warmup}
+
+
+class Networks:
+    """The networks that a model stands for, and their scores.
+
+    `mean` is the mean network, or a model without masks. `ensemble` averages
+    masked instances, in probabilities (regression: in outputs); of plain LoRA
+    it is `test_dropout`, the paper's Drop_test: masks that the training never
+    saw.
+    """
+
+    def __init__(self, model, cell, data, progress):
+        self._model, self._cell = model, cell
+        self._data, self._progress = data, progress
+        self._task = TASKS[cell.task]
+
+    def scores(self, split, mean_only=False):
+        """Score the networks, or the mean network only, on a split."""
+        x, labels = self._data[split]
+        options = {"batch_size": PREDICTION_BATCH_SIZE, "verbose": 0}
+        outputs = self._model.predict(x, **options)
+        self._progress(len(labels))
+        scores = {"mean": score(self._task, outputs, labels)}
+        name, model = (None, None) if mean_only else self._masked()
+        if model is None:
+            return scores
+        classifies = self._task.classes > 1
+        outputs = model.ensemble_predict(
+            x,
+            num_samples=self._cell.num_samples,
+            average="probability" if classifies else "output",
+            seed=self._cell.seed,
+            **options,
+        )
+        self._progress(len(labels) * self._cell.num_samples)
+        scores[name] = score(
+            self._task, outputs, labels, probabilities=classifies
+        )
+        return scores
+
+    def _masked(self):
+        if METHODS[self._cell.method].drops:
+            return "ensemble", self._model
+        if self._cell.method != "lora":
+            return None, None
+        return "test_dropout", with_masks(self._model, self._cell)
+
+
+def with_masks(model, cell):
+    """Return a copy of a plain LoRA model that masks its factors."""
+    copy = build_classifier(
+        cell.preset,
+        TASKS[cell.task].classes,
+        cell.head_dropout,
+        cell.sequence_length,
+    )
+    METHODS["lora-dropout"].enable(copy, cell, None)
+    copy.set_weights(model.get_weights())
+    copy.preprocessor = None
+    return copy
+
+
+class Journal:
+    """Keeps what the epochs gave, and the weights after the last of them.
+
+    Args:
+        model: The compiled model; it gets the weights of an interrupted run.
+        folder: Path of the run's own folder.
+
+    Attributes:
+        epochs: List of dictionaries: `loss`, the objective on the training
+            examples, `seconds` without evaluation, and `scores`, if wanted.
+    """
+
+    def __init__(self, model, folder):
+        self._model, self._folder = model, folder
+        self._path = folder / "epochs.json"
+        self._saved = time.monotonic()
+        self.epochs = []
+        if self._path.exists():
+            self.epochs = json.loads(self._path.read_text())
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(self._weights(len(self.epochs)))
+
+    def add(self, entry):
+        self.epochs.append(entry)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self._save()
+
+    def _save(self):
+        count = len(self.epochs)
+        self._model.save_weights(self._weights(count))
+        # From here on a run that starts anew finds this epoch's weights.
+        write_atomically(self._path, json.dumps(self.epochs).encode())
+        for path in self._folder.glob("*.weights.h5"):
+            if path != self._weights(count):
+                path.unlink()
+        self._saved = time.monotonic()
+
+    def _weights(self, count):
+        return self._folder / f"after-{count}.weights.h5"
+
+
+def training_cost(cell):
+    """What a training row costs, in rows that are predicted."""
+    method = METHODS[cell.method]
+    instances = 1
+    if method.drops and not cell.method.endswith("example"):
+        instances = cell.num_samples
+    return 3 * instances
+
+
+def work(cell, rows):
+    """What a cell takes, in rows that are predicted."""
+    task, masked = TASKS[cell.task], METHODS[cell.method].drops
+    instances = cell.num_samples if masked or cell.method == "lora" else 0
+    evaluated = {
+        split: len(rows[split]) * (1 + instances) for split in task.splits
+    }
+    evaluations = cell.epochs * cell.curves
+    return (
+        len(rows["train"]) * cell.epochs * training_cost(cell)
+        + len(rows["selection"])
+        + sum(evaluated.values())
+        + evaluations * evaluated[task.splits[0]]
+    )
+
+
+def count_weights(model):
+    """Count what trains, in all and in the backbone, and the whole model."""
+
+    def count(variables):
+        return sum(math.prod(variable.shape) for variable in variables)
+
+    return {
+        "trainable": count(model.trainable_weights),
+        "backbone": count(model.backbone.trainable_weights),
+        "total": count(model.weights),
+    }
+
+
+def versions():
+    backend = importlib.import_module(keras.backend.backend())
+    modules = (backend, keras, keras_hub, kld, np)
+    return {module.__name__: module.__version__ for module in modules}
+
+
+def machine(model):
+    device = getattr(model.weights[0].value, "device", "")
+    return f"{platform.machine()}, {os.cpu_count()} cores, device {device}"
