@@ -34,6 +34,25 @@ def block_layers(backbone):
             yield from descendants(child)
 
 
+def output_projections(backbone, *, attention=True):
+    """Return the last linear layer of each sublayer of the blocks, in order.
+
+    Args:
+        backbone: A KerasHub backbone of transformer blocks.
+        attention: Boolean. Whether the attention's are among them, or those of
+            the feed-forward sublayers alone.
+
+    Returns:
+        List of layers; empty if the blocks have not the names of KerasHub's
+        text models.
+    """
+    names = ["attention_output"] if attention else []
+    names.append("feedforward_output_dense")
+    found = [layer for layer in block_layers(backbone) if layer.name in names]
+    is_complete = all(any(lyr.name == name for lyr in found) for name in names)
+    return found if is_complete else []
+
+
 def head_layers(model):
     """Return the layers that stay trainable as the model's head.
 

@@ -6,7 +6,12 @@ from keras_lora_dropout.core.keras_internals import sublayers
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 
 
-def freeze(model, trainable_layers):
+def factors_of(layer):
+    """Return what trains of an adapted layer, and nothing of any other."""
+    return layer.factors if isinstance(layer, LoRADropoutAdapter) else []
+
+
+def freeze(model, trainable_layers, trained=factors_of):
     """Freeze a model but for its adapters and `trainable_layers`.
 
     A layer with nothing below it that trains is set `trainable = False` as a
@@ -14,40 +19,33 @@ def freeze(model, trainable_layers):
 
     Args:
         model: The model, its layers already adapted.
-        trainable_layers: Layers that keep the state that they have.
+        trainable_layers: Layers that keep the state that they have, but for
+            adapted ones.
+        trained: Function of a layer that returns which weights of its own
+            train.
     """
     kept = set()
     for layer in trainable_layers:
         kept.update([id(layer), *map(id, descendants(layer))])
     for layer in [model, *descendants(model)]:
-        if isinstance(layer, LoRADropoutAdapter):
-            _freeze_all_but_factors(layer)
-        elif id(layer) in kept:
+        if id(layer) in kept and not isinstance(layer, LoRADropoutAdapter):
             continue
-        elif _trains(layer, kept):
+        if _trains(layer, kept, trained):
             if not layer.trainable:
                 layer.trainable = True
-            _freeze_own_variables(layer)
+            wanted = {id(variable) for variable in trained(layer)}
+            for variable in own_weights(layer):
+                variable.trainable = id(variable) in wanted
         else:
             layer.trainable = False
 
 
-def _trains(layer, kept):
+def _trains(layer, kept, trained):
     if isinstance(layer, LoRADropoutAdapter) or id(layer) in kept:
         return True
-    return any(_trains(part, kept) for part in sublayers(layer))
-
-
-def _freeze_all_but_factors(layer):
-    if not layer.trainable:
-        layer.trainable = True
-    for variable in layer.weights:
-        variable.trainable = any(variable is f for f in layer.factors)
-
-
-def _freeze_own_variables(layer):
-    for variable in own_weights(layer):
-        variable.trainable = False
+    if trained(layer):
+        return True
+    return any(_trains(part, kept, trained) for part in sublayers(layer))
 
 
 def trainable_flags(model):
