@@ -23,6 +23,7 @@ import training
 from cells import Cell
 from methods import METHODS
 from studies import STUDIES
+from tasks import SQUAD
 from tasks import TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
@@ -41,18 +42,37 @@ def row(task, number, split):
     return {**texts, "label": label, "idx": number, "split": split}
 
 
+def question(task, number, split):
+    """A row of SQuAD; in version 2.0, each third one has no answer."""
+    context = SENTENCES[number % len(SENTENCES)]
+    word = context.split()[number % 2]
+    answers = {"text": [word], "answer_start": [context.index(word)]}
+    about = {"id": f"{split}-{number}", "title": "animals"}
+    if task == "squad2":
+        about["is_impossible"] = number % 3 == 0
+        if about["is_impossible"]:
+            answers = {"text": [], "answer_start": []}
+    return {
+        **about,
+        "context": context,
+        "question": "the fox",
+        "answers": answers,
+    }
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """All GLUE tasks, as JSON Lines."""
+    """All tasks, as JSON Lines."""
     folder = tmp_path_factory.mktemp("data")
     for task in TASKS:
-        path = folder / "glue" / task
+        make = row if TASKS[task].classes else question
+        path = folder / TASKS[task].dataset
         path.mkdir(parents=True)
         for split, count in {
             "train": 24,
             **dict.fromkeys(TASKS[task].splits, 12),
         }.items():
-            lines = [json.dumps(row(task, n, split)) for n in range(count)]
+            lines = [json.dumps(make(task, n, split)) for n in range(count)]
             (path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -157,6 +177,21 @@ def test_kinds_of_tasks(command, output, task):
     for split in TASKS[task].splits:
         for network in ("mean", "ensemble"):
             assert math.isfinite(scores[split][network][TASKS[task].metric])
+
+
+@pytest.mark.parametrize("task", SQUAD)
+def test_table_2(command, output, task):
+    methods = "houlsby lora lora-dropout".split()
+    # The shortest windows with room for the longest question.
+    command("table-2", "--tasks", task, "--seeds", 3, "--methods", *methods)
+    found = [r for r in results(output) if r["cell"]["task"] == task]
+    # Three budgets; plain LoRA of each is scored with masks, too.
+    assert len(found) == 3 * len(methods)
+    for result in found:
+        for values in result["scores"]["validation"].values():
+            assert 0 <= values["exact_match"] <= values["f1"] <= 1
+    page = (output / "table-2.md").read_text()
+    assert "| LoRA+Dropout, 0.65 %, ensemble |" in page
 
 
 @pytest.mark.parametrize("study", ["table-4", "figure-1", "figure-3"])

@@ -19,7 +19,7 @@ class Cell:
     the run. `train_examples` and `selection_examples` are drawn from the
     training split with the seed, `None` is all of it; the learning rate is
     chosen on the second. With `curves`, the networks are evaluated after each
-    epoch, not only after the last.
+    epoch, not only after the last. The last three are those of SQuAD.
     """
 
     task: str
@@ -51,6 +51,9 @@ class Cell:
     num_samples: int
     dtype_policy: str
     curves: bool = False
+    doc_stride: int = 128
+    max_question_length: int = 64
+    null_threshold: float = 0.0
 
     @property
     def name(self):

@@ -34,9 +34,8 @@ def _scores(summaries):
     figure, axes = _panels(len(tasks), 2, (6.5, 1.2 + 0.32 * height))
     for row, task in zip(axes, tasks, strict=True):
         of_task = [s for s in summaries if s.task == task]
-        metric = TASKS[task].metric
-        second = "ece" if TASKS[task].classes > 1 else "mse"
-        for ax, score in zip(row, (metric, second), strict=True):
+        shown = TASKS[task].metric, TASKS[task].second
+        for ax, score in zip(row, shown, strict=True):
             _dots(ax, of_task, score)
             ax.set_title(TASKS[task].title)
     return figure
@@ -163,7 +162,8 @@ def _values(summary, score):
 
 
 def _axis_label(score):
-    name = {"ece": "ECE", "mse": "MSE"}.get(score, score)
+    names = {"ece": "ECE", "mse": "MSE", "f1": "F1", "exact_match": "EM"}
+    name = names.get(score, score)
     return f"{name}, %" if score in PERCENT else name
 
 
@@ -201,6 +201,7 @@ def _with_legends(figure, axes, label=None):
 
 DRAWN = {
     "table-1": _scores,
+    "table-2": _scores,
     "table-4": _scores,
     "figure-1": _losses,
     "figure-3": _calibration,

@@ -13,6 +13,7 @@ from keras_lora_dropout.storage.atomic import write_atomically
 TITLES = {
     "accuracy": "accuracy",
     "f1": "F1",
+    "exact_match": "EM",
     "matthews": "Matthews",
     "pearson": "Pearson",
     "spearman": "Spearman",
@@ -22,7 +23,16 @@ TITLES = {
     "brier": "Brier",
     "mse": "MSE",
 }
-SHOWN = ("f1", "pearson", "spearman", "ece", "nll", "brier", "mse")
+SHOWN = (
+    "exact_match",
+    "f1",
+    "pearson",
+    "spearman",
+    "ece",
+    "nll",
+    "brier",
+    "mse",
+)
 
 
 def write(name, plan, store, folder):
@@ -158,9 +168,7 @@ def _main(summary):
 
 def _number(name, values):
     """Mean and standard deviation (of a sample), as they are written."""
-    factor, digits = (
-        (100, 1) if name in PERCENT | {"pearson", "spearman"} else (1, 3)
-    )
+    factor, digits = (100, 1) if name in PERCENT else (1, 3)
     text = f"{factor * np.mean(values):.{digits}f}"
     if len(values) < 2:
         return text

@@ -33,7 +33,7 @@ from configurations import configuration
 from data import load_rows
 from data import sample
 from methods import METHODS
-from models import MINILM
+from presets import MINILM
 from progress import Progress
 from studies import STUDIES
 from studies import Plan
@@ -53,6 +53,8 @@ SMOKE = {
     "budget_warmup": 0,
     "budget_final": 1,
     "mask_interval": 1,
+    "doc_stride": 1,
+    "max_question_length": 2,
 }
 SMOKE_ROWS = 8
 
@@ -161,7 +163,7 @@ def _loaded(task, data_dir, tfds_dir):
     splits = "train", *TASKS[task].splits
     try:
         return {
-            split: load_rows(f"glue/{task}", split, data_dir, tfds_dir)
+            split: load_rows(TASKS[task].dataset, split, data_dir, tfds_dir)
             for split in splits
         }
     except (ValueError, OSError, ImportError) as error:
@@ -239,6 +241,9 @@ OVERRIDES = {
     "batch_size": {"type": count},
     "epochs": {"type": count},
     "sequence_length": {"type": count},
+    "doc_stride": {"type": natural},
+    "max_question_length": {"type": count},
+    "null_threshold": {"type": float},
     "train_examples": {"type": count},
     "selection_examples": {"type": natural},
     "rank": {"type": count},

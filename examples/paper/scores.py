@@ -1,4 +1,4 @@
-"""Scores of predictions: GLUE's metrics, and how sure predictions are."""
+"""Scores of predictions: the metrics of GLUE and SQuAD, and calibration."""
 
 import numpy as np
 import scipy.special
@@ -6,54 +6,50 @@ import scipy.stats
 import sklearn.metrics
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.question_answering import scores as answer_scores
 
-# How scores are written, and whether the higher one is better.
-PERCENT = {"accuracy", "f1", "matthews", "correlation", "ece"}
-LOWER_IS_BETTER = {"ece", "nll", "brier", "mse"}
+# Scores that are shares of 1, which tables show in percent.
+PERCENT = {
+    "accuracy",
+    "f1",
+    "matthews",
+    "pearson",
+    "spearman",
+    "correlation",
+    "ece",
+    "exact_match",
+}
 
 
-def score(task, outputs, labels, probabilities=False):
-    """Score the outputs of a model.
+def score_classes(outputs, labels, probabilities=False):
+    """Score a classification.
 
     Args:
-        task: `Task`.
-        outputs: Array of shape `(examples, classes)`: logits, or predicted
-            numbers of a regression.
-        labels: Array of shape `(examples,)`.
-        probabilities: Boolean. Whether outputs are probabilities.
+        outputs: Array of shape `(examples, classes)`: logits.
+        labels: Integer array of shape `(examples,)`.
+        probabilities: Boolean. Whether outputs are probabilities instead.
 
     Returns:
-        Dictionary of numbers. Classification: `accuracy`, `f1` (of class 1 if
-        there are two, else their mean), `matthews`, `nll` in nats, `ece` (15
-        bins), `brier`. Regression: `pearson`, `spearman`, `correlation` (their
-        mean), `mse`.
+        Dictionary of numbers: `accuracy`, `f1` (of class 1 if there are two,
+        else the mean of all), `matthews`, `nll` in nats, `ece` (15 bins) and
+        `brier`.
     """
-    outputs = np.asarray(outputs, "float64")
-    if not np.isfinite(outputs).all():
-        # A run that diverged stays in the table, with the scores of a guess.
-        outputs = np.where(np.isfinite(outputs), outputs, 0.0)
-    if task.classes == 1:
-        return _score_regression(outputs[:, 0], np.asarray(labels))
+    outputs = _finite(outputs)
     if not probabilities:
         outputs = scipy.special.softmax(outputs, axis=-1)
-    return _score_classes(outputs, np.asarray(labels))
-
-
-def _score_classes(probabilities, labels):
-    predicted = probabilities.argmax(-1)
-    of_label = probabilities[np.arange(len(labels)), labels]
-    average = "binary" if probabilities.shape[-1] == 2 else "macro"
+    predicted = outputs.argmax(-1)
+    of_label = outputs[np.arange(len(labels)), labels]
+    average = "binary" if outputs.shape[-1] == 2 else "macro"
+    f1 = sklearn.metrics.f1_score(
+        labels, predicted, average=average, zero_division=0
+    )
     calibration_error = kld.ExpectedCalibrationError(num_bins=15)
     brier = kld.BrierScore()
     for metric in (calibration_error, brier):
-        metric.update_state(labels, probabilities)
+        metric.update_state(labels, outputs)
     return {
         "accuracy": float(np.mean(predicted == labels)),
-        "f1": float(
-            sklearn.metrics.f1_score(
-                labels, predicted, average=average, zero_division=0
-            )
-        ),
+        "f1": float(f1),
         "matthews": float(sklearn.metrics.matthews_corrcoef(labels, predicted)),
         "nll": float(-np.mean(np.log(np.maximum(of_label, 1e-7)))),
         "ece": float(calibration_error.result()),
@@ -61,7 +57,18 @@ def _score_classes(probabilities, labels):
     }
 
 
-def _score_regression(predicted, labels):
+def score_numbers(predicted, labels):
+    """Score a regression.
+
+    Args:
+        predicted: Array of shape `(examples,)`.
+        labels: Array of the same shape.
+
+    Returns:
+        Dictionary of numbers: `pearson`, `spearman`, `correlation` (their
+        mean), `mse`.
+    """
+    predicted = _finite(predicted)
     if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
         pearson = spearman = 0.0  # Of constants, scipy has none.
     else:
@@ -73,3 +80,20 @@ def _score_regression(predicted, labels):
         "correlation": float((pearson + spearman) / 2),
         "mse": float(np.mean((predicted - labels) ** 2)),
     }
+
+
+def score_answers(answers, accepted):
+    """Score answers to questions: `exact_match` and `f1`, shares of 1.
+
+    Args:
+        answers: List of strings.
+        accepted: List of lists of strings.
+    """
+    found = answer_scores.score_answers(answers, accepted)
+    return {"exact_match": found.exact_match / 100, "f1": found.f1 / 100}
+
+
+def _finite(outputs):
+    """Let a run that diverged have the scores of a guess."""
+    outputs = np.asarray(outputs, "float64")
+    return np.where(np.isfinite(outputs), outputs, 0.0)

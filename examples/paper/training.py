@@ -11,9 +11,7 @@ import keras
 import keras_hub
 import numpy as np
 from methods import METHODS
-from models import build_classifier
-from models import encode
-from scores import score
+from problems import problem_of
 from tasks import TASKS
 
 import keras_lora_dropout as kld
@@ -37,23 +35,22 @@ def run(cell, rows, folder, progress):
         The result, as it is stored.
     """
     keras.config.set_dtype_policy(cell.dtype_policy)
-    task = TASKS[cell.task]
-    steps = cell.epochs * -(-len(rows["train"]) // cell.batch_size)
-    model = build_model(cell, steps)
-    data = {
-        split: (encode(model, task.texts, part), labels_of(task, part))
-        for split, part in rows.items()
-        if part
-    }
-    model.preprocessor = None  # The inputs are encoded.
-    compile_model(model, cell, steps)
-    networks = Networks(model, cell, data, progress)
+    keras.utils.set_random_seed(cell.seed)  # Of the head.
+    problem = problem_of(cell)
+    model = problem.build()
+    data = {split: problem.encode(part) for split, part in rows.items() if part}
+    train = data.pop("train")
+    steps = cell.epochs * -(-len(train) // cell.batch_size)
+    METHODS[cell.method].enable(model, cell, steps)
+    compile_model(model, cell, steps, problem.loss)
+    networks = Networks(model, cell, problem, progress)
     journal = Journal(model, folder)
     for epoch in range(len(journal.epochs), cell.epochs):
-        entry = train_epoch(model, cell, epoch, *data["train"])
-        progress(len(rows["train"]) * training_cost(cell))
+        entry = train_epoch(model, cell, epoch, train)
+        progress(len(train.rows) * training_cost(cell))
         if cell.curves:
-            entry["scores"] = networks.scores(task.splits[0])
+            shown = data[TASKS[cell.task].splits[0]]
+            entry["scores"] = networks.scores(shown)
         journal.add(entry)
     if getattr(model, "rank_budget", None) is not None:
         model.compact_ranks()
@@ -63,9 +60,8 @@ def run(cell, rows, folder, progress):
         "seconds": sum(epoch["seconds"] for epoch in journal.epochs),
         "diverged": not math.isfinite(journal.epochs[-1]["loss"]),
         "scores": {
-            split: networks.scores(split, mean_only=split == "selection")
-            for split in data
-            if split != "train"
+            split: networks.scores(examples, mean_only=split == "selection")
+            for split, examples in data.items()
         },
         "epochs": journal.epochs,
         "versions": versions(),
@@ -73,14 +69,16 @@ def run(cell, rows, folder, progress):
     }
 
 
-def train_epoch(model, cell, epoch, x, y):
+def train_epoch(model, cell, epoch, train):
     """Train for one epoch, in an order that depends on its number alone."""
-    order = np.random.default_rng((cell.seed, epoch)).permutation(len(y))
+    generator = np.random.default_rng((cell.seed, epoch))
+    order = generator.permutation(len(train))
     started = time.perf_counter()
     history = model.fit(
-        {name: array[order] for name, array in x.items()},
-        y[order],
+        {name: array[order] for name, array in train.x.items()},
+        train.y[order],
         batch_size=cell.batch_size,
+        shuffle=False,
         initial_epoch=epoch,
         epochs=epoch + 1,
         verbose=0,
@@ -90,35 +88,13 @@ def train_epoch(model, cell, epoch, x, y):
     return {"loss": loss, "seconds": round(seconds, 2)}
 
 
-def build_model(cell, steps):
-    """Build and adapt the model of a cell, with the head of its seed."""
-    keras.utils.set_random_seed(cell.seed)
-    model = build_classifier(
-        cell.preset,
-        TASKS[cell.task].classes,
-        cell.head_dropout,
-        cell.sequence_length,
-    )
-    METHODS[cell.method].enable(model, cell, steps)
-    return model
-
-
-def compile_model(model, cell, steps):
+def compile_model(model, cell, steps, loss):
     optimizer = keras.optimizers.AdamW(
         LinearDecay(cell.learning_rate, steps, cell.warmup),
         weight_decay=cell.weight_decay,
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
-    if TASKS[cell.task].classes == 1:
-        loss = keras.losses.MeanSquaredError()
-    else:
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
-
-
-def labels_of(task, rows):
-    kind = "float32" if task.classes == 1 else "int32"
-    return np.array([row["label"] for row in rows], kind)
 
 
 @keras.saving.register_keras_serializable("keras_lora_dropout_paper")
@@ -158,32 +134,30 @@ class Networks:
     saw.
     """
 
-    def __init__(self, model, cell, data, progress):
+    def __init__(self, model, cell, problem, progress):
         self._model, self._cell = model, cell
-        self._data, self._progress = data, progress
-        self._task = TASKS[cell.task]
+        self._problem, self._progress = problem, progress
 
-    def scores(self, split, mean_only=False):
-        """Score the networks, or the mean network only, on a split."""
-        x, labels = self._data[split]
+    def scores(self, examples, mean_only=False):
+        """Score the networks, or the mean network only, on `Examples`."""
         options = {"batch_size": PREDICTION_BATCH_SIZE, "verbose": 0}
-        outputs = self._model.predict(x, **options)
-        self._progress(len(labels))
-        scores = {"mean": score(self._task, outputs, labels)}
+        outputs = self._model.predict(examples.x, **options)
+        self._progress(len(examples.rows))
+        scores = {"mean": self._problem.score(outputs, examples)}
         name, model = (None, None) if mean_only else self._masked()
         if model is None:
             return scores
-        classifies = self._task.classes > 1
+        average, count = self._problem.average, self._cell.num_samples
         outputs = model.ensemble_predict(
-            x,
-            num_samples=self._cell.num_samples,
-            average="probability" if classifies else "output",
+            examples.x,
+            num_samples=count,
+            average=average,
             seed=self._cell.seed,
             **options,
         )
-        self._progress(len(labels) * self._cell.num_samples)
-        scores[name] = score(
-            self._task, outputs, labels, probabilities=classifies
+        self._progress(len(examples.rows) * count)
+        scores[name] = self._problem.score(
+            outputs, examples, probabilities=average == "probability"
         )
         return scores
 
@@ -192,21 +166,10 @@ class Networks:
             return "ensemble", self._model
         if self._cell.method != "lora":
             return None, None
-        return "test_dropout", with_masks(self._model, self._cell)
-
-
-def with_masks(model, cell):
-    """Return a copy of a plain LoRA model that masks its factors."""
-    copy = build_classifier(
-        cell.preset,
-        TASKS[cell.task].classes,
-        cell.head_dropout,
-        cell.sequence_length,
-    )
-    METHODS["lora-dropout"].enable(copy, cell, None)
-    copy.set_weights(model.get_weights())
-    copy.preprocessor = None
-    return copy
+        model = self._problem.build()
+        METHODS["lora-dropout"].enable(model, self._cell, None)
+        model.set_weights(self._model.get_weights())
+        return "test_dropout", model
 
 
 class Journal:
