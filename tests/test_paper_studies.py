@@ -259,6 +259,18 @@ def test_report_alone(command, tmp_path):
     assert "Not finished: 1 runs are missing." in page
 
 
+@pytest.mark.parametrize("warmup, rise", [(0.1, 2), (5, 5), (0, 1), (50, 20)])
+def test_learning_rate_rises_and_falls_linearly(warmup, rise):
+    schedule = training.LinearDecay(0.5, steps=20, warmup=warmup)
+    found = [float(schedule(step)) for step in range(20)]
+    rising = np.linspace(0, 0.5, rise + 1)[1:]
+    falling = np.linspace(0.5, 0, 20 - rise + 1)[:-1]
+    expected = np.concatenate([rising, falling])[:20]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    again = training.LinearDecay.from_config(schedule.get_config())
+    assert float(again(3)) == found[3]
+
+
 def smallest_cell(preset, **settings):
     return Cell(
         **{
