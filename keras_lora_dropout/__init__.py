@@ -12,6 +12,7 @@ from keras_lora_dropout.layers.lora_dropout import LoRADropoutDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout.metrics import BrierScore
 from keras_lora_dropout.metrics import ExpectedCalibrationError
+from keras_lora_dropout.question_answering.extractive_qa import ExtractiveQA
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "BrierScore",
     "EnsembleEvaluation",
     "ExpectedCalibrationError",
+    "ExtractiveQA",
     "LoRADropoutDense",
     "LoRADropoutEinsumDense",
     "LoRADropoutModel",

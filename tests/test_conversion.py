@@ -121,6 +121,18 @@ def test_trainable_layers(trainable_layers, expected):
     assert names == {"first", *expected}
 
 
+def test_an_adapted_layer_trains_its_factors_alone():
+    model = kld.enable_lora_dropout(
+        tiny_mlp(), rank=2, trainable_layers=["first"]
+    )
+    assert sorted(v.path for v in model.trainable_variables) == [
+        "first/lora_kernel_a",
+        "first/lora_kernel_b",
+        "second/lora_kernel_a",
+        "second/lora_kernel_b",
+    ]
+
+
 @pytest.mark.parametrize(
     ("target_layers", "expected"),
     [

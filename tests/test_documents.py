@@ -28,7 +28,10 @@ import keras_lora_dropout as kld
 from keras_lora_dropout import plots
 from keras_lora_dropout import theory
 from keras_lora_dropout.question_answering import decoding
+from keras_lora_dropout.question_answering import extractive_qa
+from keras_lora_dropout.question_answering import offsets
 from keras_lora_dropout.question_answering import scores
+from keras_lora_dropout.question_answering import windows
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
@@ -36,7 +39,15 @@ API_PAGES = sorted(ROOT.glob("docs/api/*.md"))
 PUBLIC = {name: getattr(kld, name) for name in kld.__all__}
 PUBLIC |= {
     name: value
-    for module in (plots, theory, scores, decoding)
+    for module in (
+        plots,
+        theory,
+        scores,
+        decoding,
+        offsets,
+        windows,
+        extractive_qa,
+    )
     for name, value in vars(module).items()
     if getattr(value, "__module__", None) == module.__name__
     and not name.startswith("_")

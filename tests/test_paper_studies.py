@@ -22,6 +22,8 @@ import reproduce
 import training
 from cells import Cell
 from methods import METHODS
+from problems import Examples
+from problems import problem_of
 from studies import STUDIES
 from tasks import SQUAD
 from tasks import TASKS
@@ -145,6 +147,12 @@ def test_table_1_has_all_methods(command, output):
         if name == "lora":
             expected.add("test_dropout")
         assert networks == expected
+        for network in expected - {"mean"}:  # Its masks make a difference.
+            losses = [
+                result["scores"]["validation"][which]["nll"]
+                for which in ("mean", network)
+            ]
+            assert losses[0] != losses[1]
         assert result["cell"]["backend"] == BACKEND
         assert result["versions"]["keras"] == keras.__version__
         assert result["command"].startswith("python examples/paper/")
@@ -259,6 +267,34 @@ def test_report_alone(command, tmp_path):
     assert "Not finished: 1 runs are missing." in page
 
 
+@pytest.mark.parametrize(
+    "task, threshold, exact",
+    [("squad2", -1e9, 1 / 3), ("squad2", 1e9, 0.0), ("squad1", -1e9, 0.0)],
+)
+def test_no_answer_is_for_version_2_alone(preset, task, threshold, exact):
+    """Scores of the span "fox jumped" are the highest; it never is right."""
+    cell = smallest_cell(preset, task=task, null_threshold=threshold)
+    problem = problem_of(cell)
+    problem.build()
+    answers = {"text": ["a fox"], "answer_start": [0]}
+    none = {"text": [], "answer_start": []}
+    rows = []
+    for number in range(12):
+        about = question(task, number, "validation")
+        answered = not about.get("is_impossible", False)
+        given = {
+            "context": "a fox jumped",
+            "answers": answers if answered else none,
+        }
+        rows.append({**about, **given})
+    examples = problem.encode(rows)
+    outputs = np.zeros((len(examples), 2, cell.sequence_length))
+    first = int(np.argmax(examples.windows.spans[0, :, 0] == 2))
+    outputs[:, 0, first] = outputs[:, 1, first + 1] = 1.0
+    scores = problem.score(outputs, examples)
+    assert scores["exact_match"] == pytest.approx(exact)
+
+
 @pytest.mark.parametrize("warmup, rise", [(0.1, 2), (5, 5), (0, 1), (50, 20)])
 def test_learning_rate_rises_and_falls_linearly(warmup, rise):
     schedule = training.LinearDecay(0.5, steps=20, warmup=warmup)
@@ -285,6 +321,44 @@ def smallest_cell(preset, **settings):
             **settings,
         }
     )
+
+
+def test_examples_to_train_and_to_choose_on(preset):
+    rows = [row("mrpc", number, "train") for number in range(24)]
+
+    def drawn(seed):
+        cell = smallest_cell(preset, seed=seed)
+        parts = reproduce.draw(cell, rows, {"validation": rows[:3]})
+        assert parts["validation"] == rows[:3]
+        return [[r["idx"] for r in parts[p]] for p in ("train", "selection")]
+
+    train, selection = drawn(0)
+    assert (len(train), len(selection)) == (8, 4)
+    assert len({*train, *selection}) == 12
+    assert drawn(0) == [train, selection] != drawn(1)
+    whole = smallest_cell(preset, train_examples=None)
+    parts = reproduce.draw(whole, rows, {})
+    assert (len(parts["train"]), len(parts["selection"])) == (20, 4)
+
+
+def test_each_epoch_has_an_order_of_its_own(preset):
+    class Recorder:
+        def fit(self, x, y, **settings):
+            np.testing.assert_array_equal(x["a"], 2 * y)
+            seen.append(list(y))
+            assert not settings["shuffle"]
+            keras_history = keras.callbacks.History()
+            keras_history.history = {"loss": [1.0]}
+            return keras_history
+
+    seen, y = [], np.arange(50)
+    examples = Examples({"a": 2 * y}, y, [])
+    for seed, epoch in [(0, 0), (0, 1), (1, 0), (0, 0)]:
+        cell = smallest_cell(preset, seed=seed)
+        training.train_epoch(Recorder(), cell, epoch, examples)
+    assert all(sorted(order) == list(y) for order in seen)
+    assert seen[0] == seen[3]
+    assert len({tuple(order) for order in seen}) == 3
 
 
 def rows_for(cell):
@@ -321,6 +395,14 @@ def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch):
     for network, values in whole["scores"]["validation"].items():
         others = resumed["scores"]["validation"][network]
         assert values == pytest.approx(others, rel=1e-4, abs=1e-5)
+
+
+def test_masks_in_prediction_alone_leave_the_rest_as_it_was(preset, tmp_path):
+    """Without a mask entry that is zero, they change nothing."""
+    cell = smallest_cell(preset, method="lora", dropout_rate=0.0)
+    scores = training.run(cell, rows_for(cell), tmp_path, lambda work: None)
+    scores = scores["scores"]["validation"]
+    assert scores["test_dropout"] == pytest.approx(scores["mean"], rel=1e-4)
 
 
 def test_a_killed_command_loses_no_result(data_dir, preset, tmp_path):

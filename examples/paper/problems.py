@@ -11,8 +11,8 @@ from scores import score_classes
 from scores import score_numbers
 from tasks import TASKS
 
+from keras_lora_dropout import ExtractiveQA
 from keras_lora_dropout.question_answering import decoding
-from keras_lora_dropout.question_answering import extractive_qa
 from keras_lora_dropout.question_answering import windows
 
 
@@ -115,7 +115,11 @@ class Questions:
             self._cell.preset,
             sequence_length=self._cell.sequence_length,
         )
-        return extractive_qa.ExtractiveQA(backbone)
+        # KerasHub keeps the accents that vocabularies without case have not.
+        tokenizer = self._preprocessor.tokenizer
+        if getattr(tokenizer, "lowercase", False):
+            tokenizer.strip_accents = True
+        return ExtractiveQA(backbone)
 
     def encode(self, rows):
         """Turn rows into `Examples`; the model is built before."""

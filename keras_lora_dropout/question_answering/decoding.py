@@ -1,5 +1,7 @@
 """From the scores of tokens to the text of an answer."""
 
+import itertools
+
 import numpy as np
 
 
@@ -108,3 +110,56 @@ def decode_answer(
         if null - score > null_threshold:
             return ""
     return context[spans[window][first][0] : spans[window][last][1]]
+
+
+def decode_answers(logits, windows, *, max_length=30, null_threshold=None):
+    """Return the answers to all questions that windows were made of.
+
+    Args:
+        logits: Array of shape `(windows, 2, length)`: what `predict` or
+            `ensemble_predict` of an `ExtractiveQA` return for
+            `windows.inputs`. Scores of starts and of ends, which are added up.
+        windows: `AnswerWindows`.
+        max_length, null_threshold: As in `decode_answer`.
+
+    Returns:
+        List of strings, one for each question.
+
+    Raises:
+        ValueError: If the logits are not those of the windows, or one is NaN.
+
+    Example:
+
+    >>> windows = AnswerWindows(
+    ...     inputs={"token_ids": np.array([[2, 5, 6, 3]])},
+    ...     spans=np.array([[[-1, -1], [0, 6], [7, 14], [-1, -1]]]),
+    ...     questions=np.array([0]),
+    ...     contexts=("Denver Broncos",),
+    ... )
+    >>> decode_answers([[[0, 1, 3, 0], [0, 2, 4, 0]]], windows)
+    ['Broncos']
+    """
+    logits = np.asarray(logits)
+    count, length = windows.spans.shape[:2]
+    if logits.shape != (count, 2, length):
+        raise ValueError(
+            "Logits need the shape (windows, 2, length) of the windows, here "
+            f"{(count, 2, length)}. Received: {logits.shape}. Pass what "
+            "`model.predict(windows.inputs)` returns."
+        )
+    bounds = np.searchsorted(
+        windows.questions, np.arange(len(windows.contexts) + 1)
+    )
+    return [
+        decode_answer(
+            logits[first:stop, 0],
+            logits[first:stop, 1],
+            windows.spans[first:stop],
+            context,
+            max_length=max_length,
+            null_threshold=null_threshold,
+        )
+        for context, (first, stop) in zip(
+            windows.contexts, itertools.pairwise(bounds), strict=True
+        )
+    ]
