@@ -55,8 +55,8 @@ def enable_bitfit(model, *, trainable_layers="head"):
     ...     keras.layers.Dense(2, name="head"),
     ... ])
     >>> model = enable_bitfit(model)
-    >>> [weight.path for weight in model.trainable_weights]
-    ['hidden/bias', 'head/kernel', 'head/bias']
+    >>> [weight.name for weight in model.trainable_weights]
+    ['bias', 'kernel', 'bias']
     """
     _check_model(model, "enable_bitfit")
     kept = select_trainable(model, trainable_layers)
@@ -118,6 +118,20 @@ def enable_bottleneck_adapters(
         ValueError: If the model is not built or is adapted already, if its
             blocks are not those of a transformer that KerasHub has, or if an
             argument is out of range. The model is unchanged then.
+
+    Example:
+
+    >>> import keras_hub
+    >>> backbone = keras_hub.models.BertBackbone(
+    ...     vocabulary_size=10,
+    ...     num_layers=2,
+    ...     num_heads=2,
+    ...     hidden_dim=8,
+    ...     intermediate_dim=16,
+    ... )
+    >>> model = enable_bottleneck_adapters(backbone, bottleneck_size=4)
+    >>> len([w for w in model.trainable_weights if "adapter" in w.name])
+    16
     """
     _check_model(model, "enable_bottleneck_adapters")
     validation.positive_integer("bottleneck_size", bottleneck_size)

@@ -25,6 +25,7 @@ import sentencepiece
 from helpers import BACKEND
 
 import keras_lora_dropout as kld
+from keras_lora_dropout import baselines
 from keras_lora_dropout import plots
 from keras_lora_dropout import theory
 from keras_lora_dropout.question_answering import decoding
@@ -40,6 +41,7 @@ PUBLIC = {name: getattr(kld, name) for name in kld.__all__}
 PUBLIC |= {
     name: value
     for module in (
+        baselines,
         plots,
         theory,
         scores,

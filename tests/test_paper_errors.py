@@ -52,6 +52,7 @@ def run(folder, *words):
         (["--dropout-rate", "1"], "in [0, 1), not 1"),
         (["--learning-rates", "nan"], "above 0, not nan"),
         (["--tasks", "wnli"], "invalid choice: 'wnli'"),
+        (["--variants", "("], "a regular expression, not '('"),
         (["--dtype-policy", "half"], "invalid choice: 'half'"),
     ],
 )
@@ -63,7 +64,7 @@ def test_arguments(folder, words, message, capsys):
 
 
 def test_a_method_that_a_study_has_not(folder):
-    with pytest.raises(SystemExit, match="Pass --methods with some of adalora"):
+    with pytest.raises(SystemExit, match=r"left: LoRA \(lora\), LoRA\+Drop"):
         options = reproduce.parse_arguments(
             ["figure-1", "--methods", "bitfit", "--output", str(folder)]
         )

@@ -189,12 +189,13 @@ def test_kinds_of_tasks(command, output, task):
 
 @pytest.mark.parametrize("task", SQUAD)
 def test_table_2(command, output, task):
-    methods = "houlsby lora lora-dropout".split()
-    # The shortest windows with room for the longest question.
-    command("table-2", "--tasks", task, "--seeds", 3, "--methods", *methods)
+    words = ["table-2", "--tasks", task, "--seeds", 3]
+    command(
+        *words, "--variants", r"0\.(16|65)", "--methods", "pfeiffer", "lora"
+    )
+    command(*words, "--methods", "lora-dropout")
     found = [r for r in results(output) if r["cell"]["task"] == task]
-    # Three budgets; plain LoRA of each is scored with masks, too.
-    assert len(found) == 3 * len(methods)
+    assert len(found) == 2 * 2 + 3
     for result in found:
         for values in result["scores"]["validation"].values():
             assert 0 <= values["exact_match"] <= values["f1"] <= 1

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 import warnings
@@ -83,15 +84,18 @@ def plan_of(options):
     }
     if options.smoke:
         overrides = {**overrides, **SMOKE}
-    variants = study.variants
-    if options.methods:
-        variants = [v for v in variants if v.method in options.methods]
-        if not variants:
-            methods = sorted({v.method for v in study.variants})
-            raise SystemExit(
-                f"{options.study} has no method of {options.methods}. Pass "
-                f"--methods with some of {', '.join(methods)}."
-            )
+    variants = [
+        variant
+        for variant in study.variants
+        if (not options.methods or variant.method in options.methods)
+        and re.search(options.variants, variant.label)
+    ]
+    if not variants:
+        labels = ", ".join(f"{v.label} ({v.method})" for v in study.variants)
+        raise SystemExit(
+            f"Nothing of {options.study} is wanted. Pass --methods or "
+            f"--variants so that some of these are left: {labels}."
+        )
     return Plan(
         study=study,
         tasks=tuple(options.tasks or study.tasks),
@@ -233,6 +237,16 @@ def number(kind, low, high, allowed):
     return parsed
 
 
+def pattern(text):
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression, not {text!r}: {error}"
+        ) from error
+    return text
+
+
 natural = number(int, 0, math.inf, "an integer, 0 or more")
 count = number(int, 1, math.inf, "an integer, 1 or more")
 positive = number(float, sys.float_info.min, math.inf, "a number above 0")
@@ -263,6 +277,12 @@ def parse_arguments(arguments=None):
     add("study", choices=list(STUDIES), help="the table or figure")
     add("--tasks", nargs="+", choices=list(TASKS), help="default: the paper's")
     add("--methods", nargs="+", choices=list(METHODS), help="default: all")
+    add(
+        "--variants",
+        type=pattern,
+        default="",
+        help="regular expression on the labels of rows or lines; default: all",
+    )
     add("--seeds", nargs="+", type=natural, default=[0, 1, 2, 3, 4])
     add("--configuration", choices=CONFIGURATIONS, default="paper")
     add(

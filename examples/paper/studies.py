@@ -60,7 +60,12 @@ def _budget(share, rank):
     }
     return tuple(
         Variant(f"{METHODS[name].label}, {share} %", name, settings)
-        for name in ("houlsby", "pfeiffer", *LORA_LIKE)
+        for name in (
+            "houlsby",
+            "pfeiffer",
+            *LORA_LIKE,
+            "lora-dropout-example",
+        )
     )
 
 
