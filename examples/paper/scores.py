@@ -20,6 +20,21 @@ PERCENT = {
     "exact_match",
 }
 
+# How tables and figures call them.
+TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "exact_match": "EM",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "correlation": "correlation",
+    "nll": "NLL",
+    "ece": "ECE",
+    "brier": "Brier",
+    "mse": "MSE",
+}
+
 
 def score_classes(outputs, labels, probabilities=False):
     """Score a classification.
