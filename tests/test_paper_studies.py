@@ -197,9 +197,10 @@ def test_table_2(command, output, task):
     command(*words, "--methods", "lora-dropout")
     found = [r for r in results(output) if r["cell"]["task"] == task]
     assert len(found) == 2 * 2 + 3
-    for result in found:
-        for values in result["scores"]["validation"].values():
-            assert 0 <= values["exact_match"] <= values["f1"] <= 1
+    for result in results(output):
+        if result["cell"]["task"] == task:
+            for values in result["scores"]["validation"].values():
+                assert 0 <= values["exact_match"] <= values["f1"] <= 1
     page = (output / "table-2.md").read_text()
     assert "| LoRA+Dropout, 0.65 %, ensemble |" in page
 
@@ -220,15 +221,18 @@ def test_figure_4_has_the_four_ways(command, output):
 
 
 def test_figure_5_sweeps_rates_and_samples(command, output):
-    command("figure-5", "--seeds", 3)
+    # Three rates and three numbers, of which one run is both.
+    some = r"p = 0(\.5|\.9|$)|N = [148]"
+    command("figure-5", "--seeds", 3, "--variants", some)
     page = (output / "figure-5.md").read_text()
-    for label in ("p = 0.1", "p = 0.9", "N = 1", "N = 8"):
+    for label in ("p = 0.5", "p = 0.9", "N = 1", "N = 4", "N = 8"):
         assert f"| {label}, ensemble |" in page
     cells = [r["cell"] for r in results(output)]
     lora = [
         c for c in cells if c["method"] == "lora-dropout" and not c["curves"]
     ]
-    assert {c["dropout_rate"] for c in lora} == {0.1, 0.3, 0.5, 0.7, 0.9}
+    assert {c["dropout_rate"] for c in lora} == {0.5, 0.9}
+    # Table 1 has the 2 of smoke tests.
     assert {c["num_samples"] for c in lora} == {1, 2, 4, 8}
 
 
