@@ -378,7 +378,9 @@ def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch):
     cell = smallest_cell(preset, epochs=3, head_dropout=0.0)
     rows = rows_for(cell)
     (tmp_path / "whole").mkdir()
-    whole = training.run(cell, rows, tmp_path / "whole", lambda work: None)
+    told = []
+    whole = training.run(cell, rows, tmp_path / "whole", told.append)
+    assert sum(told) == pytest.approx(training.work(cell, rows))
 
     class Cut(Exception):
         pass
@@ -389,7 +391,7 @@ def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch):
 
     def cut(work):
         done.append(work)
-        if len(done) == 2:
+        if len(done) == 4:  # In the second epoch, of two batches each.
             raise Cut
 
     with pytest.raises(Cut):

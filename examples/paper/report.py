@@ -91,7 +91,8 @@ def _conditions(plan, summaries):
         "Scores are those after the last epoch; accuracy, F1, Matthews, "
         "correlations and ECE (15 bins) in percent, NLL in nats. Weights: "
         "those of the backbone that train, after pruning. Seconds: training "
-        "alone, compilation included.",
+        "alone, compilation included, the median; CPU seconds: of all cores "
+        "together, whatever else ran beside.",
         "\n".join(f"    {command}" for command in commands),
     ]
     return "\n\n".join(lines)
@@ -127,6 +128,7 @@ def _table(task, summaries):
         *(TITLES[name] for name in names),
         "learning rate",
         "seconds",
+        "CPU seconds",
     ]
     rows = [
         [
@@ -134,11 +136,15 @@ def _table(task, summaries):
             f"{s.weights:,}",
             *(_number(name, s.scores[name]) for name in [metric, *names]),
             f"{s.learning_rate:g}",
-            f"{np.mean(s.seconds):.0f}",
+            *(_median(s, clock) for clock in ("seconds", "cpu_seconds")),
         ]
         for s in summaries
     ]
     return _markdown(heads, rows)
+
+
+def _median(summary, clock):
+    return f"{np.median([run[clock] for run in summary.runs]):.0f}"
 
 
 def _label(summary):

@@ -26,7 +26,6 @@ class Summary:
         scores: Dictionary from a score's name to an array over the seeds.
         weights: Integer. Weights of the backbone that train, on average; of
             full fine-tuning all weights.
-        seconds: Array. Training time of each run.
         runs: List of the results.
     """
 
@@ -37,7 +36,6 @@ class Summary:
     learning_rate: float
     scores: dict
     weights: int
-    seconds: np.ndarray
     runs: list
 
 
@@ -59,7 +57,6 @@ def summarize(plan, store):
 def _of_variant(task, variant, rate, runs):
     kind = "total" if variant.method == "full" else "backbone"
     weights = round(np.mean([run["weights"][kind] for run in runs]))
-    seconds = np.array([run["seconds"] for run in runs])
     for split in TASKS[task].splits:
         for network in runs[0]["scores"][split]:
             rows = [run["scores"][split][network] for run in runs]
@@ -74,7 +71,6 @@ def _of_variant(task, variant, rate, runs):
                 rate,
                 scores,
                 weights,
-                seconds,
                 runs,
             )
 

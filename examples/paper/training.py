@@ -46,8 +46,9 @@ def run(cell, rows, folder, progress):
     networks = Networks(model, cell, problem, progress)
     journal = Journal(model, folder)
     for epoch in range(len(journal.epochs), cell.epochs):
-        entry = train_epoch(model, cell, epoch, train)
-        progress(len(train.rows) * training_cost(cell))
+        work = len(train.rows) * training_cost(cell)
+        ticks = Ticks(progress, work, len(train), cell.batch_size)
+        entry = train_epoch(model, cell, epoch, train, ticks)
         if cell.curves:
             shown = data[TASKS[cell.task].splits[0]]
             entry["scores"] = networks.scores(shown)
@@ -57,7 +58,10 @@ def run(cell, rows, folder, progress):
     return {
         "examples": {split: len(part) for split, part in rows.items()},
         "weights": count_weights(model),
-        "seconds": sum(epoch["seconds"] for epoch in journal.epochs),
+        **{
+            clock: round(sum(epoch[clock] for epoch in journal.epochs), 2)
+            for clock in ("seconds", "cpu_seconds")
+        },
         "diverged": not math.isfinite(journal.epochs[-1]["loss"]),
         "scores": {
             split: networks.scores(examples, mean_only=split == "selection")
@@ -69,11 +73,26 @@ def run(cell, rows, folder, progress):
     }
 
 
-def train_epoch(model, cell, epoch, train):
+class Ticks(keras.callbacks.Callback):
+    """Reports the work of each batch, so that all of them make up the whole."""
+
+    def __init__(self, progress, work, examples, batch_size):
+        super().__init__()
+        self._progress = progress
+        self._work = work / -(-examples // batch_size)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._progress(self._work)
+
+    def on_predict_batch_end(self, batch, logs=None):
+        self._progress(self._work)
+
+
+def train_epoch(model, cell, epoch, train, *callbacks):
     """Train for one epoch, in an order that depends on its number alone."""
     generator = np.random.default_rng((cell.seed, epoch))
     order = generator.permutation(len(train))
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     history = model.fit(
         {name: array[order] for name, array in train.x.items()},
         train.y[order],
@@ -81,11 +100,14 @@ def train_epoch(model, cell, epoch, train):
         shuffle=False,
         initial_epoch=epoch,
         epochs=epoch + 1,
+        callbacks=list(callbacks),
         verbose=0,
     )
-    seconds = time.perf_counter() - started
-    loss = float(history.history["loss"][0])
-    return {"loss": loss, "seconds": round(seconds, 2)}
+    return {
+        "loss": float(history.history["loss"][0]),
+        "seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(time.process_time() - busy, 2),
+    }
 
 
 def compile_model(model, cell, steps, loss):
@@ -140,9 +162,7 @@ class Networks:
 
     def scores(self, examples, mean_only=False):
         """Score the networks, or the mean network only, on `Examples`."""
-        options = {"batch_size": PREDICTION_BATCH_SIZE, "verbose": 0}
-        outputs = self._model.predict(examples.x, **options)
-        self._progress(len(examples.rows))
+        outputs = self._model.predict(examples.x, **self._options(examples))
         scores = {"mean": self._problem.score(outputs, examples)}
         name, model = (None, None) if mean_only else self._masked()
         if model is None:
@@ -153,13 +173,18 @@ class Networks:
             num_samples=count,
             average=average,
             seed=self._cell.seed,
-            **options,
+            **self._options(examples, count),
         )
-        self._progress(len(examples.rows) * count)
         scores[name] = self._problem.score(
             outputs, examples, probabilities=average == "probability"
         )
         return scores
+
+    def _options(self, examples, instances=1):
+        size, count = PREDICTION_BATCH_SIZE, len(examples)
+        work = instances * len(examples.rows)
+        ticks = Ticks(self._progress, work, count, size)
+        return {"batch_size": size, "callbacks": [ticks], "verbose": 0}
 
     def _masked(self):
         if METHODS[self._cell.method].drops:
@@ -181,7 +206,8 @@ class Journal:
 
     Attributes:
         epochs: List of dictionaries: `loss`, the objective on the training
-            examples, `seconds` without evaluation, and `scores`, if wanted.
+            examples, `seconds` without evaluation, `cpu_seconds` of all cores
+            together, and `scores`, if wanted.
     """
 
     def __init__(self, model, folder):
