@@ -214,3 +214,15 @@ def test_report_alone(command, tmp_path):
     command(*words.split(), "--seeds", 0, 1, "--report", folder=tmp_path)
     page = (tmp_path / "table-1.md").read_text()
     assert "Not finished: 1 runs are missing." in page
+
+
+def test_a_run_that_diverged_is_marked(command, tmp_path):
+    words = "table-1 --tasks mrpc --methods lora --seeds 0 1".split()
+    command(*words, folder=tmp_path)
+    path = next((tmp_path / "runs").glob("*.json"))
+    result = json.loads(path.read_text())
+    assert result["diverged"] is False
+    path.write_text(json.dumps({**result, "diverged": True}))
+    command(*words, "--report", folder=tmp_path)
+    page = (tmp_path / "table-1.md").read_text()
+    assert "| LoRA (1 of 2 diverged) |" in page

@@ -132,7 +132,7 @@ def _table(task, summaries):
     ]
     rows = [
         [
-            _label(s),
+            _label(s) + _diverged(s),
             f"{s.weights:,}",
             *(_number(name, s.scores[name]) for name in [metric, *names]),
             f"{s.learning_rate:g}",
@@ -151,6 +151,11 @@ def _label(summary):
     network = NETWORKS[summary.network]
     alone = summary.network == "mean" and is_published(summary)
     return summary.variant.label + ("" if alone else f", {network}")
+
+
+def _diverged(summary):
+    count = sum(run["diverged"] for run in summary.runs)
+    return f" ({count} of {len(summary.runs)} diverged)" if count else ""
 
 
 def _main(summary):
