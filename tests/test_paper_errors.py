@@ -100,6 +100,14 @@ def test_too_few_examples(folder):
         run(folder)
 
 
+def test_nothing_to_choose_a_learning_rate_on(folder):
+    words = "table-1 --tasks mrpc --learning-rates 1e-3 1e-2 --output".split()
+    options = reproduce.parse_arguments([*words, str(folder / "output")])
+    with pytest.raises(SystemExit, match="mrpc cannot be chosen without"):
+        reproduce.main(options)
+    assert not (folder / "output").exists()
+
+
 def test_no_such_preset(folder):
     with pytest.raises(
         SystemExit, match=r"Cannot load the preset '\./nothing'"

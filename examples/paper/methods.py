@@ -117,13 +117,4 @@ METHODS = {
         lambda model, cell, steps: _adalora(model, cell, steps, **_masks(cell)),
         drops=True,
     ),
-    "adalora-dropout-example": Method(
-        "AdaLoRA+Dropout, per example",
-        lambda model, cell, steps: _adalora(
-            model, cell, steps, **_masks_per_example(cell)
-        ),
-        drops=True,
-    ),
 }
-# Table 1 has eight; masks per example are ours.
-TABLE_1 = tuple(name for name in METHODS if name != "adalora-dropout-example")

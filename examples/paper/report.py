@@ -86,8 +86,8 @@ def _conditions(plan, summaries):
         f"{versions}; {run['machine']}.",
         "Learning rates: chosen for each method on the first seed, by "
         f"{cell['selection_examples']} other training examples."
-        if cell["selection_examples"]
-        else "Learning rates: those of the paper.",
+        if any(plan.searched(s.task, s.variant.method) for s in summaries)
+        else "Learning rates: given, not chosen by results.",
         "Scores are those after the last epoch; accuracy, F1, Matthews, "
         "correlations and ECE (15 bins) in percent, NLL in nats. Weights: "
         "those of the backbone that train, after pruning. Seconds: training "

@@ -96,7 +96,7 @@ def plan_of(options):
             f"Nothing of {options.study} is wanted. Pass --methods or "
             f"--variants so that some of these are left: {labels}."
         )
-    return Plan(
+    plan = Plan(
         study=study,
         tasks=tuple(options.tasks or study.tasks),
         variants=tuple(variants),
@@ -105,6 +105,17 @@ def plan_of(options):
         overrides={"preset": preset_of(options), **overrides},
         learning_rates=options.learning_rates and tuple(options.learning_rates),
     )
+    for cell in plan.cells():
+        if (
+            plan.searched(cell.task, cell.method)
+            and not cell.selection_examples
+        ):
+            raise SystemExit(
+                f"The learning rate of {cell.task} cannot be chosen without "
+                "examples to choose on. Pass one --learning-rates, or "
+                "--selection-examples 256."
+            )
+    return plan
 
 
 def preset_of(options):

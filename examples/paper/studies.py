@@ -6,7 +6,6 @@ import keras
 from cells import Cell
 from configurations import configuration
 from methods import METHODS
-from methods import TABLE_1
 from tasks import GLUE
 from tasks import SQUAD
 from tasks import TASKS
@@ -79,7 +78,7 @@ _SAMPLES = tuple(
     for count in (1, 2, 4, 8)
 )
 STUDIES = {
-    "table-1": Study("GLUE: all methods", GLUE, _methods(TABLE_1)),
+    "table-1": Study("GLUE: all methods", GLUE, _methods(METHODS)),
     "table-2": Study("SQuAD: three budgets of weights", SQUAD, _BUDGETS),
     "table-4": Study(
         "Calibration", ("sst2", "rte", "mrpc"), _methods(LORA_LIKE)
