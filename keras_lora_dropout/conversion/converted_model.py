@@ -7,6 +7,7 @@ import keras
 
 from keras_lora_dropout.architectures import presets
 from keras_lora_dropout.architectures.deberta_v3 import make_lean
+from keras_lora_dropout.conversion.generation import with_generation
 from keras_lora_dropout.conversion.merging import merged_copy
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.conversion.model import SamplingSettings
@@ -90,6 +91,8 @@ def converted_class(cls):
         # it to clone some.
         "__init__": _refuse_to_construct,
     }
+    if hasattr(cls, "generate_step"):
+        namespace["generate_step"] = with_generation(cls.generate_step)
     if presets.has_presets(cls):
         namespace["save_to_preset"] = save_to_preset
         namespace["from_preset"] = cls.from_preset

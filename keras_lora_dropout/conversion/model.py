@@ -12,6 +12,7 @@ from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
 from keras_lora_dropout.conversion.deployment import Deployment
 from keras_lora_dropout.conversion.ensembles import COMPILED_FUNCTIONS
 from keras_lora_dropout.conversion.ensembles import EnsembleMethods
+from keras_lora_dropout.conversion.generation import Generation
 from keras_lora_dropout.conversion.merging import Merging
 from keras_lora_dropout.conversion.peft_exchange import PeftExchange
 from keras_lora_dropout.conversion.run_callbacks import with_run_callbacks
@@ -63,6 +64,7 @@ class AdaptedModel(
     PeftExchange,
     Deployment,
     AdaptiveRank,
+    Generation,
     EnsembleMethods,
     NSampleTrainStep,
 ):

@@ -4,11 +4,13 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_lora_dropout.training.backend.jax import NSampleTrainStep
+    from keras_lora_dropout.training.backend.jax import free_memory
     from keras_lora_dropout.training.backend.jax import global_random_states
     from keras_lora_dropout.training.backend.jax import set_global_random_states
     from keras_lora_dropout.training.backend.jax import state_kept
 elif keras.config.backend() == "torch":
     from keras_lora_dropout.training.backend.torch import NSampleTrainStep
+    from keras_lora_dropout.training.backend.torch import free_memory
     from keras_lora_dropout.training.backend.torch import global_random_states
     from keras_lora_dropout.training.backend.torch import (
         set_global_random_states,
@@ -16,6 +18,7 @@ elif keras.config.backend() == "torch":
     from keras_lora_dropout.training.backend.torch import state_kept
 elif keras.config.backend() == "tensorflow":
     from keras_lora_dropout.training.backend.tensorflow import NSampleTrainStep
+    from keras_lora_dropout.training.backend.tensorflow import free_memory
     from keras_lora_dropout.training.backend.tensorflow import (
         global_random_states,
     )
@@ -32,6 +35,7 @@ else:
 
 __all__ = [
     "NSampleTrainStep",
+    "free_memory",
     "global_random_states",
     "set_global_random_states",
     "state_kept",

@@ -6,6 +6,7 @@ import functools
 import jax
 import keras
 
+from keras_lora_dropout.core.host_memory import free_host_memory
 from keras_lora_dropout.core.masks import use_draws
 from keras_lora_dropout.training import objective
 
@@ -99,6 +100,17 @@ class NSampleTrainStep:
                 self.metrics_variables,
             )
         )
+
+
+def free_memory():
+    """Return the free bytes where new arrays lie; `None` if not known."""
+    (device,) = jax.numpy.zeros(()).devices()
+    if device.platform == "cpu":
+        return free_host_memory()
+    known = device.memory_stats() or {}
+    if "bytes_limit" not in known:
+        return None
+    return known["bytes_limit"] - known.get("bytes_in_use", 0)
 
 
 def global_random_states():

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_lora_dropout.core import instances
+from keras_lora_dropout.core.host_memory import free_host_memory
 from keras_lora_dropout.core.masks import use_draws
 from keras_lora_dropout.training import objective
 
@@ -39,6 +40,13 @@ class NSampleTrainStep:
         return objective.update_metrics(
             self, x, y, outputs, sample_weight, losses
         )
+
+
+def free_memory():
+    """Return the free bytes where new tensors lie; `None` if not known."""
+    if tf.config.list_logical_devices("GPU"):
+        return None  # TensorFlow takes all of it, and tells what it uses.
+    return free_host_memory()
 
 
 def global_random_states():

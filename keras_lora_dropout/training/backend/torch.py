@@ -6,6 +6,7 @@ import keras
 import torch
 
 from keras_lora_dropout.core import instances
+from keras_lora_dropout.core.host_memory import free_host_memory
 from keras_lora_dropout.core.masks import use_draws
 from keras_lora_dropout.training import objective
 
@@ -46,6 +47,14 @@ class NSampleTrainStep:
 def state_kept(model):
     """Variables keep their values here, whatever happens."""
     return contextlib.nullcontext()
+
+
+def free_memory():
+    """Return the free bytes where new tensors lie; `None` if not known."""
+    device = keras.ops.zeros(()).device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_host_memory() if device.type == "cpu" else None
 
 
 def global_random_states():

@@ -1,0 +1,39 @@
+"""The size of the cache of keys and values that KerasHub's decoders keep."""
+
+import inspect
+import math
+
+import keras
+
+
+def cache_bytes(model, rows, length):
+    """Size of what a KerasHub `CausalLM` keeps between two tokens.
+
+    Nothing is allocated.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`.
+        rows: Integer. Number of prompts.
+        length: Integer. Number of tokens of prompt and answer.
+
+    Returns:
+        Integer, or `None` for a model whose cache depends on more than the
+        tokens, such as images.
+    """
+    # Private, since nothing public tells the size before it is allocated.
+    build = getattr(model, "_build_cache", None)
+    if build is None or list(inspect.signature(build).parameters) != [
+        "token_ids"
+    ]:
+        return None
+    tokens = keras.KerasTensor((rows, length), "int32")
+    _, cache = keras.layers.Lambda(build).compute_output_spec(tokens)
+    return sum(
+        math.prod(leaf.shape) * _item_bytes(leaf.dtype)
+        for leaf in keras.tree.flatten(cache)
+    )
+
+
+def _item_bytes(dtype):
+    name = keras.backend.standardize_dtype(dtype)
+    return int("".join(filter(str.isdigit, name))) // 8

@@ -1,0 +1,172 @@
+"""`ensemble_generate`: text from the average of N mask instances."""
+
+import contextlib
+import functools
+
+from keras import ops
+
+from keras_lora_dropout.architectures.caches import cache_bytes
+from keras_lora_dropout.core import validation
+from keras_lora_dropout.inference.generation import GenerationRequest
+from keras_lora_dropout.inference.generation import check_sampler
+from keras_lora_dropout.inference.generation import generate_step
+from keras_lora_dropout.inference.generation import uncertainty_of
+from keras_lora_dropout.training.backend import free_memory
+
+
+class Generation:
+    """Mixin of `AdaptedModel`: generate with N mask instances."""
+
+    _generation = None  # GenerationRequest while an ensemble generates.
+
+    def ensemble_generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        *,
+        num_samples=None,
+        seed=None,
+        average="probability",
+        return_uncertainty=False,
+    ):
+        """Generate text with the average of N mask instances.
+
+        At each step, the N instances' distributions of the next token are
+        averaged, the compiled sampler chooses one token, and all instances go
+        on with it. The instances are drawn once for the call and stay the same
+        through the whole text; each has its own cache of keys and values, so
+        that memory grows with N.
+
+        Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 8,
+        for each token.
+
+        Args:
+            inputs: Prompts, whatever `generate` accepts: a string or a list of
+                strings for a KerasHub task with a preprocessor.
+            max_length, stop_token_ids, strip_prompt: As in `generate`.
+            num_samples: Positive integer or `None` for the model's own N.
+            seed: Integer or `None`. The same seed gives the same instances;
+                `None` draws new ones at each call. The sampler has a seed of
+                its own.
+            average: `"probability"` averages the distributions, `"output"` the
+                logits.
+            return_uncertainty: Boolean. Whether to return each token's
+                uncertainty, too.
+
+        Returns:
+            As `generate`. With `return_uncertainty`, a pair of that and a
+            `TokenUncertainty`.
+
+        Raises:
+            ValueError: If the model does not generate, if a prompt is empty or
+                leaves no room below `max_length`, if the caches of the N
+                instances do not fit in memory, if the sampler searches over
+                several texts at once (beam and contrastive search), or if an
+                argument is out of range.
+        """
+        if not hasattr(self, "generate_step"):
+            raise ValueError(
+                f'Model "{self.name}" ({self.plain_class().__name__}) does not '
+                "generate text; a `keras_hub.models.CausalLM` does. Use "
+                "`ensemble_predict` for its outputs."
+            )
+        validation.not_empty("inputs", inputs)
+        check_sampler(self.sampler)
+        request = self._generation_request(
+            num_samples, average, return_uncertainty
+        )
+        self._set_ensemble_seed(seed)
+        batches = []
+        with self._generating(request, batches):
+            outputs = self.generate(
+                inputs, max_length, stop_token_ids, strip_prompt
+            )
+        if return_uncertainty:
+            return outputs, uncertainty_of(batches)
+        return outputs
+
+    def _generation_request(self, num_samples, average, return_uncertainty):
+        if num_samples is None:
+            num_samples = self.lora_dropout.num_samples
+        return GenerationRequest(
+            validation.positive_integer("num_samples", num_samples),
+            validation.word("average", average, validation.AVERAGES),
+            validation.boolean("return_uncertainty", return_uncertainty),
+        )
+
+    @contextlib.contextmanager
+    def _generating(self, request, batches):
+        """Let `generate` compute the ensemble's text.
+
+        Args:
+            request: A `GenerationRequest`.
+            batches: List that gains the inputs and outputs of each batch.
+        """
+        with self._functions_of((request, self._adapters_disabled)):
+            compiled = self.make_generate_function()
+
+            def function(inputs, *args, **kwargs):
+                self._check_prompts(inputs, request)
+                outputs = compiled(inputs, *args, **kwargs)
+                batches.append((inputs, outputs))
+                names = "token_ids", "padding_mask"
+                return {name: outputs[name] for name in names}
+
+            self._generation = request
+            self.generate_function = function
+            try:
+                yield
+            finally:
+                self._generation = None
+                self.generate_function = compiled
+
+    def _check_prompts(self, inputs, request):
+        lengths = ops.convert_to_numpy(inputs["padding_mask"]).sum(axis=1)
+        rows, limit = inputs["padding_mask"].shape
+        for row, length in enumerate(lengths):
+            if 0 < length < limit:
+                continue
+            problem = "is empty"
+            advice = "Give each prompt at least one token, such as the start"
+            if length:
+                problem = f"fills all {limit} positions, or was cut to them"
+                advice = "Pass a larger `max_length`, or shorten the prompt"
+            raise ValueError(
+                f"Prompt {row} {problem}, so nothing can be generated after "
+                f"it. {advice}."
+            )
+        reach = getattr(self.backbone, "max_sequence_length", None)
+        if reach is not None and limit > reach:
+            raise ValueError(
+                f'Model "{self.name}" has positions for {reach} tokens. '
+                f"Received: max_length={limit}. Pass at most {reach}."
+            )
+        self._check_cache(rows, limit, request.num_samples)
+
+    def _check_cache(self, rows, length, count):
+        """Raise `ValueError` if the caches of all instances cannot fit."""
+        one, free = cache_bytes(self, rows, length), free_memory()
+        if one is None or free is None or count * one <= free:
+            return
+        raise ValueError(
+            f"The caches of num_samples={count} instances need {count * one:,} "
+            f"bytes ({one:,} for each, of {rows} prompts and {length} tokens), "
+            f"but {free:,} are free. Pass `num_samples` of at most "
+            f"{free // one}, fewer prompts at once, or a smaller `max_length`."
+        )
+
+
+def with_generation(step):
+    """Wrap a model's `generate_step` so that an ensemble in progress runs."""
+
+    @functools.wraps(step)
+    def wrapped(self, inputs, *args, **kwargs):
+        if self._generation is None:
+            return step(self, inputs, *args, **kwargs)
+        return generate_step(
+            self, step, self._generation, inputs, *args, **kwargs
+        )
+
+    return wrapped

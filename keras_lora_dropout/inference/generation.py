@@ -1,0 +1,249 @@
+"""Generation with N mask instances: one token stream, N caches.
+
+All rows of the batch, and with them the caches, are there once for each
+instance. The sampler sees the averaged distribution alone, and each instance
+goes on with the token that it chose. So no model family is treated apart.
+"""
+
+import contextlib
+import dataclasses
+
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_lora_dropout.core import instances
+from keras_lora_dropout.core import masks
+from keras_lora_dropout.inference import probabilities
+from keras_lora_dropout.inference.ensemble import ensemble_draws
+
+_MEASURES = ("predictive_entropy", "mutual_information")
+_SAMPLERS = '"greedy", "random", "top_k" or "top_p"'
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationRequest:
+    """What one `ensemble_generate` call asks for.
+
+    Attributes:
+        num_samples: Number of mask instances N.
+        average: `"probability"` or `"output"`.
+        return_uncertainty: Whether each token's uncertainty is kept.
+    """
+
+    num_samples: int
+    average: str = "probability"
+    return_uncertainty: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenUncertainty:
+    """How unsure an ensemble was of each token that it generated.
+
+    Both measures are in nats, float32 arrays of shape `(prompts, max_length)`,
+    and of the averaged distribution before the sampler's temperature and
+    cut-offs. They are NaN where no token was generated: in the prompt, and
+    after the stop token.
+
+    Attributes:
+        token_ids: Integer array `(prompts, max_length)`, prompt and answer.
+        generated: Boolean array. Where the ensemble chose the token.
+        predictive_entropy: Entropy of the averaged distribution.
+        mutual_information: What of it the instances disagree on: the entropy
+            of the average less the average entropy.
+    """
+
+    token_ids: np.ndarray
+    generated: np.ndarray
+    predictive_entropy: np.ndarray
+    mutual_information: np.ndarray
+
+
+def generate_step(model, plain_step, request, inputs, *args, **kwargs):
+    """Run a model's own generation of one batch under N mask instances.
+
+    Args:
+        model: The adapted model.
+        plain_step: The `generate_step` of its class, a function of
+            `(model, inputs, *args, **kwargs)`.
+        request: A `GenerationRequest`.
+        inputs: Dictionary of the preprocessed prompts.
+        *args: Further positional arguments of the step.
+        **kwargs: Keyword arguments of the step.
+
+    Returns:
+        What the step returns; with `return_uncertainty`, also an entry for
+        each measure of `TokenUncertainty`, of shape `(B, max_length)`.
+    """
+    count, plan = request.num_samples, model.mask_plan
+    rows = instances.batch_size(inputs) * count
+    draws = masks.Draws(plan, ensemble_draws(model, count), rows)
+    sampler = EnsembleSampler(model.sampler, request)
+    with masks.use_draws(draws), _sampler_of(model, sampler):
+        outputs = plain_step(
+            model, instances.tile(inputs, count), *args, **kwargs
+        )
+    first = {
+        name: instances.split(tensor, count, rows)[0]
+        for name, tensor in outputs.items()
+    }
+    return {**first, **sampler.measures}
+
+
+@contextlib.contextmanager
+def _sampler_of(model, sampler):
+    plain, model.sampler = model.sampler, sampler
+    try:
+        yield
+    finally:
+        model.sampler = plain
+
+
+class EnsembleSampler(keras_hub.samplers.Sampler):
+    """Lets a sampler choose from the average over the mask instances.
+
+    Args:
+        sampler: A `keras_hub.samplers.Sampler`, whose choice it is.
+        request: A `GenerationRequest`.
+    """
+
+    def __init__(self, sampler, request):
+        super().__init__()
+        self._sampler = sampler
+        self._request = request
+        self.measures = {}
+
+    @property
+    def variables(self):
+        return self._sampler.variables
+
+    def __call__(self, next, prompt, cache=None, **kwargs):
+        if not self._request.return_uncertainty:
+            return super().__call__(next, prompt, cache=cache, **kwargs)
+        rows, length = ops.shape(prompt)[:2]
+        shape = rows // self._request.num_samples, length
+        nothing = ops.full(shape, float("nan"), "float32")
+        # The loop of the base class carries the cache, whatever that is.
+        return super().__call__(
+            self._measured(next),
+            prompt,
+            cache=(cache, {name: nothing for name in _MEASURES}),
+            **kwargs,
+        )
+
+    def _measured(self, next):
+        def measured_next(prompt, cache, index):
+            cache, measures = cache
+            logits, hidden_states, cache = next(prompt, cache, index)
+            step = measure(self._blocks(logits))
+            measures = {
+                name: ops.slice_update(
+                    measures[name], (0, index), ops.expand_dims(value, 1)
+                )
+                for name, value in step.items()
+            }
+            return logits, hidden_states, (cache, measures)
+
+        return measured_next
+
+    def run_loop(self, cond, body, model=None, loop_vars=None, **kwargs):
+        loop_vars = super().run_loop(cond, body, model, loop_vars, **kwargs)
+        if self._request.return_uncertainty:
+            self.measures = loop_vars[1][1]
+        return loop_vars
+
+    def compute_probabilities(self, logits):
+        blocks = self._blocks(logits)
+        if self._request.average == "probability" and blocks.shape[0] > 1:
+            mean = ops.mean(
+                probabilities.to_probabilities(blocks, "softmax"), 0
+            )
+            averaged = probabilities.to_outputs(mean, "softmax")
+        else:
+            averaged = ops.mean(blocks, axis=0)
+        return self._sampler.compute_probabilities(averaged)
+
+    def get_next_token(self, probabilities):
+        token = self._sampler.get_next_token(probabilities)
+        return instances.tile(token, self._request.num_samples)
+
+    def _blocks(self, logits):
+        """Logits in float32, `(N, B, vocabulary_size)`."""
+        shape = self._request.num_samples, -1, ops.shape(logits)[-1]
+        return ops.reshape(ops.cast(logits, "float32"), shape)
+
+
+def measure(logits):
+    """Measure the uncertainty of one token.
+
+    Args:
+        logits: Float tensor `(N, B, vocabulary_size)`.
+
+    Returns:
+        Dictionary of tensors `(B,)` in nats. With one instance, the mutual
+        information is zero.
+    """
+    log_probabilities = ops.log_softmax(logits, axis=-1)
+    likely = ops.exp(log_probabilities)
+    mean = ops.mean(likely, axis=0)
+    # Where nothing is likely, `log` must not be asked.
+    log_mean = ops.log(ops.where(mean > 0, mean, 1.0))
+    total = -ops.sum(mean * log_mean, axis=-1)
+    each = -ops.sum(
+        likely * ops.where(likely > 0, log_probabilities, 0.0), axis=-1
+    )
+    information = total - ops.mean(each, axis=0)
+    return {
+        "predictive_entropy": total,
+        "mutual_information": ops.maximum(information, 0.0),
+    }
+
+
+def check_sampler(sampler):
+    """Raise `ValueError` unless a sampler chooses one token from one list."""
+    is_sampler = isinstance(sampler, keras_hub.samplers.Sampler)
+    own_search = keras_hub.samplers.Sampler.__call__
+    if is_sampler and type(sampler).__call__ is own_search:
+        return
+    advice = (
+        f"Compile the model with sampler={_SAMPLERS} or a "
+        "`keras_hub.samplers.Sampler` that overrides `get_next_token` alone."
+    )
+    if is_sampler:
+        raise ValueError(
+            f"`ensemble_generate` cannot use {type(sampler).__name__}: it "
+            "searches over several texts at once, or uses more of the model "
+            "than the distribution of the next token, which is what the "
+            f"ensemble averages. {advice}"
+        )
+    raise ValueError(
+        "`ensemble_generate` needs a sampler of KerasHub. Received: sampler="
+        f"{sampler!r} (of type {type(sampler).__name__}). {advice}"
+    )
+
+
+def uncertainty_of(batches):
+    """Join what several batches gave.
+
+    Args:
+        batches: List of pairs `(inputs, outputs)` of `generate_step`.
+
+    Returns:
+        `TokenUncertainty`.
+    """
+    columns = {"token_ids": [], "generated": []}
+    columns.update({name: [] for name in _MEASURES})
+    for inputs, outputs in batches:
+        prompt, written = (
+            ops.convert_to_numpy(entry["padding_mask"]).astype(bool)
+            for entry in (inputs, outputs)
+        )
+        generated = written & ~prompt
+        columns["token_ids"].append(ops.convert_to_numpy(outputs["token_ids"]))
+        columns["generated"].append(generated)
+        for name in _MEASURES:
+            values = ops.convert_to_numpy(outputs[name])
+            columns[name].append(np.where(generated, values, np.float32("nan")))
+    return TokenUncertainty(
+        **{name: np.concatenate(parts) for name, parts in columns.items()}
+    )
