@@ -128,9 +128,9 @@ def test_keras_lora_enabled_before():
 def test_quantized_kernels():
     model = tiny_mlp()
     with pytest.warns(UserWarning, match="InputLayer"):
-        model.quantize("int8")
+        model.quantize("float8")
     with pytest.raises(
-        ValueError, match=r'"first".*quantized.*int8.*float dtype'
+        ValueError, match=r'"first".*quantized.*float8.*int8 and int4'
     ):
         kld.enable_lora_dropout(model, rank=2)
 

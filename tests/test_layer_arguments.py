@@ -105,8 +105,8 @@ BUILD_ERRORS = [
         "`kernel_constraint`",
     ),
     (
-        {"rank": 2, "dtype": "int8_from_float32"},
-        r'layer "query".*quantized \(int8\).*float dtype',
+        {"rank": 2, "dtype": "float8_from_float32"},
+        r'layer "query".*quantized \(float8\).*int8 and int4',
     ),
 ]
 

@@ -15,6 +15,7 @@ from keras_lora_dropout.conversion.targets import select_trainable
 from keras_lora_dropout.conversion.trainable import freeze
 from keras_lora_dropout.conversion.trainable import trainable_flags
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.rank_budget import check_rank_budget
 from keras_lora_dropout.core.rank_budget import check_target
 from keras_lora_dropout.layers import adapt
@@ -106,9 +107,10 @@ def enable_lora_dropout(
         TypeError: If `model` is no `keras.Model`, or an argument has a type
             that is not listed.
         ValueError: If the model is not built or already adapted, if nothing
-            matches `target_layers`, if a selected layer is quantized,
-            constrained, too small for `rank` or carries Keras's own LoRA, or
-            if an argument is out of range. The model is unchanged then.
+            matches `target_layers`, if a selected layer is quantized to
+            anything but int8 and int4, constrained, too small for `rank` or
+            carries Keras's own LoRA, or if an argument is out of range. The
+            model is unchanged then.
 
     Example:
 
@@ -153,6 +155,7 @@ def enable_lora_dropout(
     seed = streams.randrange(validation.MAX_SEED)
     convert(model, settings, seed, rank_budget, plain_trainable, optimize)
     _report(model)
+    _warn_of_quantized(trainable)
     return model
 
 
@@ -203,6 +206,27 @@ def _report(model):
         f"{model.count_params():,}",
         "\n".join(f"  {path}" for path, _ in targets),
     )
+
+
+def _warn_of_quantized(trainable):
+    """Warn of layers that are to train, but whose kernels are integers."""
+    layers = {
+        id(part): part
+        for layer in trainable
+        for part in [layer, *descendants(layer)]
+        if not isinstance(part, LoRADropoutAdapter)
+        and part.quantization_mode is not None
+        and part.weights
+    }
+    if layers:
+        logger.warning(
+            "The kernels of %s are quantized and do not train, although these "
+            "layers are no part of the adapters. Leave them out: "
+            '`model.quantize("int8", filters=lambda layer: layer.name not in '
+            "%r)`.",
+            ", ".join(f'"{layer.path}"' for layer in layers.values()),
+            [layer.name for layer in layers.values()],
+        )
 
 
 def _count(variables):

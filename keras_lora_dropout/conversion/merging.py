@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import weakref
 
 import keras
@@ -16,6 +17,10 @@ from keras_lora_dropout.conversion.recipe import recipe_of
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.layers import quantized
+from keras_lora_dropout.layers.adapter import plain_class
+
+logger = logging.getLogger("keras_lora_dropout")
 
 # What `unmerge_adapters` needs, by the merged model.
 merged_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -34,6 +39,10 @@ class Merging:
         `enable_lora_dropout` trains again. Its outputs are those of `predict`.
         Adapters that are not active are lost to it.
 
+        A quantized kernel is quantized again after the sum, as it was before,
+        so that the memory stays what it was; the rounding changes the outputs,
+        and a warning says by how much.
+
         Args:
             keep_kernels: Boolean. Whether the original kernels are kept in the
                 host's memory, as long as the model lives, so that
@@ -49,9 +58,11 @@ class Merging:
         validation.boolean("keep_kernels", keep_kernels)
         self._require_built()
         undo = Unmerged.of(self) if keep_kernels else None
-        for _, layer in self.adapted_layers:
-            layer._kernel.assign(merged_kernel(layer))
+        losses = {}
+        for path, layer in self.adapted_layers:
+            losses[path] = fold(layer, layer)
         strip(self)
+        _report_rounding(self, losses)
         if undo is not None:
             merged_models[self] = undo
         return self
@@ -120,7 +131,8 @@ class Unmerged:
 
     Attributes:
         model_class: Its class.
-        kernels: Dictionary of layer path -> NumPy array.
+        kernels: Dictionary of layer path -> NumPy arrays of the weights that
+            make up the kernel, one, or more if it is quantized.
         recipe: What `recipe_of` returned.
         state: `AdapterState` of the active adapter.
         inactive: Dictionary of name -> `AdapterState`.
@@ -139,7 +151,10 @@ class Unmerged:
         return cls(
             type(model),
             {
-                path: adapter_state.array_of(layer._kernel)
+                path: [
+                    adapter_state.array_of(weight)
+                    for weight in quantized.kernel_weights(layer)
+                ]
                 for path, layer in model.adapted_layers
             },
             recipe_of(model),
@@ -165,10 +180,15 @@ def merged_kernel(layer, keep=None):
             one instance.
 
     Returns:
-        Tensor of the kernel's shape and dtype; the sum is made in float32, or
-        in float64 for such a kernel.
+        Tensor of the kernel's shape; the sum is made in float32, or in float64
+        for such a kernel. It has the kernel's dtype, if that is a float.
     """
-    kernel = ops.convert_to_tensor(layer._kernel.value)
+    if quantized.is_quantized(layer):
+        kernel = quantized.dequantized_kernel(
+            layer, layer._axes, plain_class(type(layer))
+        )
+    else:
+        kernel = ops.convert_to_tensor(layer._kernel.value)
     if not layer.lora_rank:
         return ops.copy(kernel)
     dtype = keras.backend.result_type(kernel.dtype, "float32")
@@ -184,7 +204,52 @@ def merged_kernel(layer, keep=None):
         ops.matmul(a, b * scale), (*axes.contracted, *axes.kept)
     )
     delta = ops.transpose(delta, axes.kernel_permutation)
-    return ops.cast(ops.cast(kernel, dtype) + delta, layer._kernel.dtype)
+    return ops.cast(ops.cast(kernel, dtype) + delta, kernel.dtype)
+
+
+def fold(layer, target, keep=None):
+    """Give a layer the kernel of an adapted layer with its delta.
+
+    Args:
+        layer: An adapted layer.
+        target: The layer itself, or its counterpart in a copy of the model.
+        keep: As for `merged_kernel`.
+
+    Returns:
+        What rounding to a quantized kernel has lost: the largest error as a
+        part of the largest entry of the kernel. 0 for a kernel of floats, and
+        for one to which nothing was added.
+    """
+    weights = quantized.kernel_weights(target)
+    if not quantized.is_quantized(layer):
+        weights[0].assign(merged_kernel(layer, keep))
+        return 0.0
+    if not layer.lora_rank:
+        return 0.0
+    exact = merged_kernel(layer, keep)
+    values = quantized.quantized_like(layer, exact)
+    for weight, value in zip(weights, values, strict=True):
+        weight.assign(value)
+    rounded = quantized.dequantized_kernel(
+        target, layer._axes, plain_class(type(layer))
+    )
+    error = ops.max(ops.abs(rounded - exact)) / ops.max(ops.abs(exact))
+    return float(ops.convert_to_numpy(error))
+
+
+def _report_rounding(model, losses):
+    """Warn of what the kernels of a quantized model lost, by layer path."""
+    path = max(losses, key=losses.get)
+    if losses[path]:
+        logger.warning(
+            "The merged kernels of model %r were quantized again: entries "
+            "changed by up to %.2g of the kernel's largest (layer %r). The "
+            "adapted model is exact: keep it with `save`, or go back with "
+            "`unmerge_adapters`.",
+            model.name,
+            losses[path],
+            path,
+        )
 
 
 def merged_copy(model, keep=None):
@@ -221,8 +286,11 @@ def merged_copy(model, keep=None):
         zip(layer_paths(model), layer_paths(plain).values(), strict=True)
     )
     adapted = model.adapted_layers
-    for (path, layer), masks_of_layer in zip(
-        adapted, keep or [None] * len(adapted), strict=True
-    ):
-        layers[path]._kernel.assign(merged_kernel(layer, masks_of_layer))
+    losses = {
+        path: fold(layer, layers[path], masks_of_layer)
+        for (path, layer), masks_of_layer in zip(
+            adapted, keep or [None] * len(adapted), strict=True
+        )
+    }
+    _report_rounding(model, losses)
     return plain

@@ -21,11 +21,12 @@ from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.keras_internals import Unquantizable
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.inference.ensemble import ensemble_outputs
-from keras_lora_dropout.layers.adapt import plain_class
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
+from keras_lora_dropout.layers.adapter import plain_class
 from keras_lora_dropout.training.backend import NSampleTrainStep
 from keras_lora_dropout.training.backend import state_kept
 
@@ -67,6 +68,7 @@ class AdaptedModel(
     Generation,
     EnsembleMethods,
     NSampleTrainStep,
+    Unquantizable,
 ):
     """What `enable_lora_dropout` adds to a model, and `LoRADropoutModel` has.
 

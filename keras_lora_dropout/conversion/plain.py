@@ -12,9 +12,9 @@ from keras_lora_dropout.conversion.trainable import set_trainable_flags
 from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import forget_attributes
-from keras_lora_dropout.layers.adapt import plain_class
 from keras_lora_dropout.layers.adapt import unadapt
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
+from keras_lora_dropout.layers.adapter import plain_class
 
 # What an adapted model has that a plain one has not.
 ATTRIBUTES = (
@@ -33,6 +33,7 @@ ATTRIBUTES = (
     "_optimized",
     "_plain_trainable",
     "_request",
+    "_generation",
     "_adapters_disabled",
 )
 

@@ -3,6 +3,7 @@
 from keras_lora_dropout.conversion.converted_model import attach
 from keras_lora_dropout.conversion.merging import merged_models
 from keras_lora_dropout.conversion.targets import layer_paths
+from keras_lora_dropout.layers import quantized
 
 
 def unmerge_adapters(model):
@@ -45,7 +46,9 @@ def unmerge_adapters(model):
     model.__class__ = undo.model_class
     attach(model, undo.recipe)
     layers = layer_paths(model)
-    for path, value in undo.kernels.items():
-        layers[path]._kernel.assign(value)
+    for path, values in undo.kernels.items():
+        weights = quantized.kernel_weights(layers[path])
+        for weight, value in zip(weights, values, strict=True):
+            weight.assign(value)
     undo.restore_state(model)
     return model

@@ -157,25 +157,42 @@ def adapted_product(
     return _output(total, free_shape, axes)
 
 
-def shared_parts(inputs, kernel, factor_a, factor_b, axes):
-    """Compute what `adapted_product` multiplies out, for a shared input.
+def delta_product(inputs, factor_a, factor_b, axes, shared=False):
+    """Compute `inputs @ factor_a @ factor_b`: what `adapted_product` adds.
+
+    Args:
+        inputs, factor_a, factor_b, axes, shared: As for `adapted_product`.
+
+    Returns:
+        Tensor of the layer's output shape.
+    """
+    x, free_shape = _rows(inputs, axes)
+    groups = factor_a.shape[0]
+    if shared:
+        low = ops.einsum("sc,gcr->gsr", x, factor_a)
+        free_shape = (groups, *free_shape[1:])
+    else:
+        low = ops.matmul(ops.reshape(x, (groups, -1, axes.input_dim)), factor_a)
+    return _output(ops.matmul(low, factor_b), free_shape, axes)
+
+
+def shared_parts(inputs, factor_a, factor_b, axes):
+    """Compute the factors of `delta_product`, for a shared input.
 
     Args:
         inputs: Input of the layer, with a leading axis of 1.
-        kernel: Kernel of the layer, in its own shape.
         factor_a: Tensor of shape `(groups, input_dim, rank)`.
         factor_b: Tensor of shape `(groups, rank, output_dim)`.
         axes: `FactorAxes` of the kernel, on which the batch axis leads.
 
     Returns:
-        Tuple of the kernel's product, with a leading axis of 1, and the two
-        factors of what each group adds to its rows: `(groups, rows, rank)` and
-        `(groups, rank, *kept)`.
+        Tuple of the two factors of what each group adds to its rows:
+        `(groups, rows, rank)` and `(groups, rank, *kept)`.
     """
     x, _ = _rows(inputs, axes)
     low = ops.einsum("sc,gcr->gsr", x, factor_a)
     high = ops.reshape(factor_b, (*factor_b.shape[:2], *axes.kept))
-    return kernel_product(inputs, kernel, axes), low, high
+    return low, high
 
 
 def _rows(inputs, axes):

@@ -5,6 +5,9 @@
 - The sublayers of a layer, as opposed to those of a model, are listed nowhere.
 - The graph of a functional model is not readable from an output back, and runs
   in a method of its own; whether a call of it is checkpointed shows nowhere.
+- The product of a quantized layer, without bias and activation, has no method.
+- Each layer and model has a `quantize` of its own since it was made, which asks
+  its class for one thing alone.
 - The padding mask that losses read from a tensor has no accessor.
 - The gradients that an optimizer accumulates over batches have none either.
 - The epoch that a callback lets `fit` resume at has no accessor.
@@ -102,6 +105,33 @@ def num_outputs(operation):
     """Return how many tensors an operation of a graph puts out."""
     nodes = _private(operation, "_inbound_nodes")
     return max(len(node.outputs) for node in nodes)
+
+
+class Unquantizable:
+    """Mixin of what has adapters: `quantize` is refused."""
+
+    def _check_quantize_args(self, *args, **kwargs):
+        kind = "Model" if isinstance(self, keras.Model) else "Layer"
+        raise ValueError(
+            f'{kind} "{self.path or self.name}" has LoRA Dropout adapters, so '
+            "kernels cannot be quantized any more. Quantize first: "
+            '`model.quantize("int8")`, then `enable_lora_dropout(model)`.'
+        )
+
+
+def copy_with(layer, cls, **attributes):
+    """Return a copy of a layer that has the same weights, for single calls.
+
+    Args:
+        layer: A built layer.
+        cls: Class of the copy.
+        **attributes: What is another than in the layer.
+    """
+    for name in attributes:
+        _private(layer, name)
+    copy = object.__new__(cls)
+    vars(copy).update(vars(layer), **attributes)
+    return copy
 
 
 @contextlib.contextmanager

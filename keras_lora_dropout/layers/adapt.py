@@ -7,8 +7,10 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core.keras_internals import forget_attributes
+from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import check_linear
+from keras_lora_dropout.layers.adapter import plain_class
 
 # What an adapter leaves on its layer besides factors, rank and alpha.
 _ATTRIBUTES = (
@@ -62,20 +64,6 @@ def adapter_class(layer_class, adaptive=False):
     return None
 
 
-def plain_class(cls, mixin=LoRADropoutAdapter):
-    """Return the Keras class that an adapted class stands for.
-
-    Args:
-        cls: Class of an adapted layer, or of an adapted model.
-        mixin: What adapted classes, and none else, inherit from.
-    """
-    return next(
-        base
-        for base in cls.__mro__
-        if issubclass(base, keras.Layer) and not issubclass(base, mixin)
-    )
-
-
 def can_adapt(layer):
     """Whether the layer is a linear layer whose product is Keras's own."""
     return adapter_class(type(layer)) is not None
@@ -94,7 +82,7 @@ def check_adaptable(layer, rank, where):
             "batch of data first, or give it an `Input`."
         )
     axes = adapter_class(type(layer))._factor_axes(
-        layer, tuple(layer._kernel.shape)
+        layer, quantized.kernel_shape(layer)
     )
     check_linear(layer, rank, axes, where)
 
@@ -151,4 +139,5 @@ def unadapt(layer):
     forget_attributes(layer, [n for n in _ATTRIBUTES if n in vars(layer)])
     layer.lora_rank = layer.lora_alpha = None
     layer.__class__ = plain_class(type(layer))
-    layer._kernel.trainable = layer.trainable
+    if not quantized.is_quantized(layer):
+        layer._kernel.trainable = layer.trainable

@@ -10,13 +10,15 @@ from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.instances import check_rows
+from keras_lora_dropout.core.keras_internals import Unquantizable
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.layers import quantized
 
 _RANDOM_STATE = "seed_generator_state"
 
 
-class LoRADropoutAdapter:
+class LoRADropoutAdapter(Unquantizable):
     """Mixin that gives a linear Keras layer a LoRA Dropout adapter.
 
     A concrete layer adds two parts. `layers/linear.py` says on which axes its
@@ -55,7 +57,7 @@ class LoRADropoutAdapter:
         rank, self.lora_rank = self.lora_rank, None
         super().build(input_shape)
         self.lora_rank = rank
-        axes = self._factor_axes(tuple(self._kernel.shape))
+        axes = self._factor_axes(quantized.kernel_shape(self))
         check_linear(self, rank, axes, f'layer "{self.name}"')
         self._add_factors()
 
@@ -68,7 +70,7 @@ class LoRADropoutAdapter:
 
     def _add_factors(self):
         """Freeze the kernel and create the factors next to it."""
-        axes = self._factor_axes(tuple(self._kernel.shape))
+        axes = self._factor_axes(quantized.kernel_shape(self))
         streams = random.Random(self.seed)  # one seed, independent streams
         self._create_factors(axes, self._initial_factors(streams))
         with unlocked(self):
@@ -204,13 +206,23 @@ class LoRADropoutAdapter:
         scale = masks.delta_scale(
             self.scaling, self.dropout_rate, self.rescale, keep is not None
         )
-        product = inputs, self.kernel, factor_a, factor_b * scale, axes
+        pair = factor_a, factor_b * scale, axes
         if in_parts:
-            return factors.shared_parts(*product)
+            base = self._kernel_product(inputs)
+            return base, *factors.shared_parts(inputs, *pair)
+        if quantized.is_quantized(self):
+            delta = factors.delta_product(inputs, *pair, shared=shared)
+            return ops.add(self._kernel_product(inputs), delta)
         in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
         return factors.adapted_product(
-            *product, shared=shared, in_groups=in_groups
+            inputs, self.kernel, *pair, shared=shared, in_groups=in_groups
         )
+
+    def _kernel_product(self, inputs):
+        if not quantized.is_quantized(self):
+            return factors.kernel_product(inputs, self.kernel, self._axes)
+        plain = plain_class(type(self))
+        return quantized.quantized_product(self, inputs, plain)
 
     def _multiplies_in_groups(self, inputs, groups):
         """Whether the kernel's product has the layout of the mask groups.
@@ -246,7 +258,7 @@ class LoRADropoutAdapter:
         if self.lora_rank and self.adapter_enabled:
             x = self._adapted_product(inputs, training)
         else:
-            x = factors.kernel_product(inputs, self.kernel, self._axes)
+            x = self._kernel_product(inputs)
         parts = ()
         if isinstance(x, tuple):
             x, *parts = x
@@ -257,6 +269,10 @@ class LoRADropoutAdapter:
         if self.activation is not None:
             x = self._activate(x, training)
         return x
+
+    def quantized_call(self, *args, **kwargs):
+        """What Keras calls in place of `call` if the kernel is quantized."""
+        return self.call(*args, **kwargs)
 
     def _activate(self, x, training):
         # JAX would keep every intermediate of the activation for the backward
@@ -314,6 +330,20 @@ class LoRADropoutAdapter:
         self.seed_generator.state.assign(store[_RANDOM_STATE])
 
 
+def plain_class(cls, mixin=LoRADropoutAdapter):
+    """Return the Keras class that an adapted class stands for.
+
+    Args:
+        cls: Class of an adapted layer, or of an adapted model.
+        mixin: What adapted classes, and none else, inherit from.
+    """
+    return next(
+        base
+        for base in cls.__mro__
+        if issubclass(base, keras.Layer) and not issubclass(base, mixin)
+    )
+
+
 def check_linear(layer, rank, axes, where):
     """Raise `ValueError` if a built linear layer cannot hold an adapter.
 
@@ -328,12 +358,13 @@ def check_linear(layer, rank, axes, where):
             f"Cannot adapt {where}: Keras's own LoRA is already enabled on it. "
             "Start from a model on which `enable_lora` was not called."
         )
-    if layer.quantization_mode is not None:
+    mode = layer.quantization_mode
+    if mode is not None and mode not in quantized.MODES:
         raise ValueError(
-            f"Cannot adapt {where}: its kernel is quantized "
-            f"({layer.quantization_mode}), which is not supported. Load the "
-            "model in a float dtype, such as bfloat16, or leave the layer out "
-            "with `target_layers`."
+            f"Cannot adapt {where}: its kernel is quantized ({mode}), but "
+            f"adapters go on {' and '.join(quantized.MODES)} alone. Quantize "
+            "the model to one of these, load it in a float dtype, such as "
+            "bfloat16, or leave the layer out with `target_layers`."
         )
     if layer.kernel_constraint is not None:
         raise ValueError(
