@@ -28,6 +28,9 @@ import keras_lora_dropout as kld
 from keras_lora_dropout import baselines
 from keras_lora_dropout import plots
 from keras_lora_dropout import theory
+from keras_lora_dropout.instruction_tuning import packing
+from keras_lora_dropout.instruction_tuning import prompts
+from keras_lora_dropout.instruction_tuning import response_data
 from keras_lora_dropout.question_answering import decoding
 from keras_lora_dropout.question_answering import extractive_qa
 from keras_lora_dropout.question_answering import offsets
@@ -49,6 +52,9 @@ PUBLIC |= {
         offsets,
         windows,
         extractive_qa,
+        packing,
+        prompts,
+        response_data,
     )
     for name, value in vars(module).items()
     if getattr(value, "__module__", None) == module.__name__

@@ -1,0 +1,1 @@
+"""Data to teach a language model to answer."""
