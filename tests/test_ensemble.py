@@ -2,7 +2,9 @@
 
 import itertools
 
+import families
 import keras
+import language_models
 import numpy as np
 import pytest
 from helpers import BACKEND
@@ -14,6 +16,7 @@ from helpers import seeded_dense
 from keras import ops
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.core import factors
 
 X, Y = classification_data(examples=70)
 
@@ -367,3 +370,37 @@ def test_half_precision_is_averaged_in_float32():
     mean = model.ensemble_predict(X, seed=1, num_samples=8, verbose=0)
     assert mean.dtype == np.float32
     assert_close(mean, samples.mean(axis=0), 1e-6)
+
+
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="Other backends infer every shape."
+)
+def test_what_has_no_shape_is_computed_for_few_rows(monkeypatch):
+    """PyTorch repeats keys by number; it must not do so for 1009 rows."""
+    rows = []
+    plain = factors.adapted_product
+
+    def recorded(inputs, *args, **kwargs):
+        if inputs.device.type != "meta":
+            rows.append(inputs.shape[0])
+        return plain(inputs, *args, **kwargs)
+
+    monkeypatch.setattr(factors, "adapted_product", recorded)
+    model = language_models.adapted("llama", num_samples=3)
+    model.ensemble_predict(families.TEXTS, batch_size=2, verbose=0)
+    assert set(rows) <= {2, 3, 6, 9}
+
+
+def test_a_lost_batch_axis_is_found_without_shapes():
+    """The axis moves behind an operation that PyTorch has to compute."""
+    inputs = keras.Input((4, 6))
+    x = keras.layers.Dense(5, name="first")(inputs)
+    x = keras.ops.transpose(keras.ops.repeat(x, 2, axis=1), (1, 0, 2))
+    x = keras.layers.Dense(5, name="second")(x)
+    outputs = keras.layers.Dense(2, name="head")(
+        keras.ops.transpose(x, (1, 0, 2))
+    )
+    model = kld.enable_lora_dropout(keras.Model(inputs, outputs), rank=2)
+    x = np.ones((8, 4, 6), "float32")
+    with pytest.raises(ValueError, match=r"second.*sampling=.sequential"):
+        model.ensemble_predict(x, num_samples=4, verbose=0)

@@ -1,4 +1,4 @@
-"""Rows of GLUE and SQuAD, from TFDS or from JSON Lines files."""
+"""Rows of all data sets, from TFDS or from JSON Lines files."""
 
 import gzip
 import json
@@ -51,6 +51,11 @@ def load_rows(dataset, split, data_dir=None, tfds_dir=None):
     if split not in known:
         raise ValueError(
             f"{dataset} has no split {split!r}. Pass one of {', '.join(known)}."
+        )
+    if data_dir is None and not DATASETS[dataset].in_tfds:
+        raise ValueError(
+            f"TFDS does not have {dataset}. Pass `--data-dir` with a folder "
+            f"that has the file {dataset}/{split}.jsonl."
         )
     if data_dir is None:
         source, numbered = "TFDS", _from_tfds(dataset, split, tfds_dir)

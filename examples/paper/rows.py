@@ -21,16 +21,18 @@ class Dataset:
     """Fields as TFDS names them, classes and splits.
 
     Attributes:
-        texts: Names of the fields that hold a string.
+        texts: Names of the fields that hold a string, which says something.
         others: Names of the other fields, and their kind, a key of `KINDS`.
         classes: Names of the labels 0, 1, ...; none for scores and answers.
         splits: Names of the splits.
+        in_tfds: Whether TFDS has it.
     """
 
     texts: tuple
     others: dict
     classes: tuple = ()
     splits: tuple = GLUE_SPLITS
+    in_tfds: bool = True
 
     @property
     def fields(self):
@@ -66,6 +68,20 @@ DATASETS = {
     # TFDS has `plausible_answers`, too: nobody trains or scores with them.
     "squad/v2.0": Dataset(
         SQUAD, {"is_impossible": "flag", "answers": "answers"}, (), SQUAD_SPLITS
+    ),
+    "alpaca_cleaned": Dataset(
+        ("instruction",),
+        {"input": "text", "output": "text"},
+        (),
+        ("train",),
+        in_tfds=False,
+    ),
+    "mmlu": Dataset(
+        ("subject", "question"),
+        {"choices": "choices", "answer": "answer"},
+        tuple("ABCD"),
+        ("dev", "validation", "test"),
+        in_tfds=False,
     ),
 }
 
@@ -185,6 +201,25 @@ def _answers(value, about):
     return result
 
 
+def _choices(value, about):
+    count = len(about.classes)
+    if not isinstance(value, list) or len(value) != count:
+        raise ValueError(
+            f"is {_shown(value)}. It must be a list of {count} strings."
+        )
+    try:
+        return [_text(item) for item in value]
+    except ValueError as error:
+        raise ValueError(f"has a choice that {error}") from None
+
+
+def _answer(value, about):
+    letters = ", ".join(f"{n} ({name})" for n, name in enumerate(about.classes))
+    if type(value) is not int or value not in range(len(about.classes)):
+        raise ValueError(f"is {_shown(value)}. It must be one of {letters}.")
+    return value
+
+
 def _check_answers(row):
     """Check that answers are there if they must be, and where they stand."""
     answers, context = row["answers"], row["context"]
@@ -232,4 +267,6 @@ KINDS = {
     "label": _label,
     "score": _score,
     "answers": _answers,
+    "choices": _choices,
+    "answer": _answer,
 }

@@ -9,7 +9,7 @@ import keras
 def cache_bytes(model, rows, length):
     """Size of what a KerasHub `CausalLM` keeps between two tokens.
 
-    Nothing is allocated.
+    It is inferred from the caches of one short row.
 
     Args:
         model: A `keras_hub.models.CausalLM`.
@@ -26,7 +26,12 @@ def cache_bytes(model, rows, length):
         "token_ids"
     ]:
         return None
-    tokens = keras.KerasTensor((rows, length), "int32")
+    two, three = (_bytes_of(build, tokens) for tokens in (2, 3))
+    return rows * (two + (length - 2) * (three - two))
+
+
+def _bytes_of(build, length):
+    tokens = keras.KerasTensor((1, length), "int32")
     _, cache = keras.layers.Lambda(build).compute_output_spec(tokens)
     return sum(
         math.prod(leaf.shape) * _item_bytes(leaf.dtype)

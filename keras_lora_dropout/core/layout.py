@@ -19,10 +19,16 @@ from keras_lora_dropout.core.masks import use_draws
 
 # A batch size that no axis of a real model is a multiple of by accident.
 _PROBE_ROWS = 1009
+# Where tensors have to be computed: two sizes, which no axis has both.
+_FEW_PROBE_ROWS = 2, 3
+
+
+class _ComputesError(Exception):
+    """Keras would compute an output in order to infer its shape."""
 
 
 class _Forward(keras.Operation):
-    """Lets Keras infer the output of a function without computing it."""
+    """Lets Keras infer the output of a function."""
 
     def __init__(self, function):
         super().__init__()
@@ -37,7 +43,9 @@ def check_parallel_layout(model, forward, inputs, num_instances):
 
     A model that moves its batch axis away would mix mask instances whenever
     another axis happens to be as long as the batch. So the model is traced
-    once with a batch size that nothing else has; nothing is computed.
+    once with a batch size that nothing else has; nothing is computed. Some
+    operations on PyTorch have no shape without numbers; then the model computes
+    a few rows instead.
 
     Args:
         model: The adapted model; its `mask_plan` remembers a passed check.
@@ -88,15 +96,32 @@ def run_parallel(model, forward, inputs, num_instances):
 
 
 def _trace(model, forward, inputs, num_instances, spreads_prefix):
-    """Run a model symbolically, on a batch of a length that nothing else has.
+    """Infer a model's outputs for a batch of a length that nothing else has.
 
     Raises:
         LayoutError: If a tensor that has to carry the instances does not.
         Exception: Whatever the model raises.
     """
+    arguments = model, forward, inputs, num_instances, spreads_prefix
+    try:
+        _infer(*arguments, _PROBE_ROWS, may_compute=False)
+    except _ComputesError:
+        for probe_rows in _FEW_PROBE_ROWS:
+            _infer(*arguments, probe_rows, may_compute=True)
+
+
+def _infer(
+    model,
+    forward,
+    inputs,
+    num_instances,
+    spreads_prefix,
+    probe_rows,
+    may_compute,
+):
     plan, state = model.mask_plan, _state_of(model)
-    rows = _PROBE_ROWS * num_instances
-    given_rows = _PROBE_ROWS if spreads_prefix else rows
+    rows = probe_rows * num_instances
+    given_rows = probe_rows if spreads_prefix else rows
 
     # What is no tensor, such as `training`, stays as it is given.
     leaves = keras.tree.flatten(inputs)
@@ -107,6 +132,8 @@ def _trace(model, forward, inputs, num_instances, spreads_prefix):
         return keras.KerasTensor((given_rows, *leaf.shape[1:]), dtype)
 
     def checked(tensors):
+        if not may_compute and any(map(_has_numbers, tensors)):
+            raise _ComputesError
         filled = list(leaves)
         for place, tensor in zip(places, tensors, strict=True):
             filled[place] = tensor
@@ -123,6 +150,13 @@ def _trace(model, forward, inputs, num_instances, spreads_prefix):
     _Forward(checked).compute_output_spec(
         [symbolic(leaves[place]) for place in places]
     )
+
+
+def _has_numbers(tensor):
+    """Whether a tensor is one of PyTorch that is more than a shape."""
+    device = getattr(tensor, "device", None)
+    is_torch = keras.config.backend() == "torch"
+    return is_torch and getattr(device, "type", "meta") != "meta"
 
 
 def _state_of(model):

@@ -25,7 +25,7 @@ class ResponseData:
     Example:
 
     >>> data = ResponseData(
-    ...     x={"token_ids": np.array([[1, 5]]), "padding_mask": np.ones((1, 2))},
+    ...     x={"token_ids": np.ones((1, 2)), "padding_mask": np.ones((1, 2))},
     ...     y=np.array([[5, 2]]),
     ...     sample_weight=np.array([[0.0, 1.0]]),
     ...     cut=0,

@@ -1,0 +1,296 @@
+"""Teaches a language model to follow instructions, with LoRA Dropout.
+
+Rows of Alpaca-clean, the loss on the responses alone, the hyper-parameters of
+the paper's Table B.3; after each epoch, the perplexity of held-out responses,
+of the mean network and of the ensemble. It goes on after an interruption.
+
+    python examples/paper/alpaca.py --preset llama2_7b_en --data-dir data \\
+        --dtype-policy bfloat16 --packed
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+import keras
+import numpy as np
+from causal_models import adapted_model
+from causal_models import add_model_arguments
+from data import load_rows
+from data import sample
+from progress import Progress
+from reproduce import count
+from reproduce import natural
+from reproduce import positive
+
+from keras_lora_dropout.instruction_tuning.packing import (
+    isolate_packed_examples,
+)
+from keras_lora_dropout.instruction_tuning.prompts import alpaca_prompt
+from keras_lora_dropout.instruction_tuning.response_data import (
+    make_response_data,
+)
+from keras_lora_dropout.storage.atomic import write_atomically
+
+SMOKE_ROWS = 8
+
+
+def main(options):
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    train_rows, held_out_rows = rows_of(options)
+    model = adapted_model(options)
+    tokenizer, model.preprocessor = model.preprocessor.tokenizer, None
+    if options.packed:
+        isolate_packed_examples(model)
+    train = data_of(train_rows, tokenizer, options, packed=options.packed)
+    held_out = data_of(held_out_rows, tokenizer, options, packed=False)
+    steps_per_epoch = -(-len(train.y) // options.micro_batch_size)
+    compile_model(model, steps_per_epoch, options)
+    folder = pathlib.Path(options.output) / "alpaca" / options.name
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(options, train, held_out)
+    print(json.dumps(settings, indent=1), flush=True)
+    run = Run(folder, settings, model)
+    progress = Progress(steps_per_epoch * options.epochs)
+    for epoch in range(options.epochs):
+        if epoch < len(run.epochs):
+            continue
+        started = time.monotonic()
+        loss = train_epoch(model, train, epoch, options, progress)
+        scores = perplexities(model, held_out, options)
+        run.add(
+            {
+                "loss": loss,
+                **scores,
+                "seconds": round(time.monotonic() - started, 2),
+            }
+        )
+        print(f"Epoch {epoch + 1}: {json.dumps(run.epochs[-1])}", flush=True)
+    progress.end()
+    print(f"Written: {run.finish()}")
+
+
+def rows_of(options):
+    """Load the rows, and hold some out, the same ones for each seed."""
+    try:
+        rows = load_rows("alpaca_cleaned", "train", options.data_dir)
+        rows = [row for row in rows if row["output"].strip()]
+        if options.smoke:
+            rows = rows[: 2 * SMOKE_ROWS]
+            options.held_out = SMOKE_ROWS
+        held_out = sample(rows, options.held_out, seed=0)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"Cannot load Alpaca's rows: {error}") from error
+    held = {id(row) for row in held_out}
+    train = [row for row in rows if id(row) not in held]
+    if not train:
+        raise SystemExit(
+            f"All {len(rows)} rows are held out. Lower --held-out."
+        )
+    if options.train_examples:
+        train = train[: options.train_examples]
+    return train, held_out
+
+
+def data_of(rows, tokenizer, options, packed):
+    data = make_response_data(
+        tokenizer,
+        [alpaca_prompt(row["instruction"], row["input"]) for row in rows],
+        [row["output"] for row in rows],
+        sequence_length=options.sequence_length,
+        packed=packed,
+    )
+    print(
+        f"{len(rows)} examples in {len(data.y)} rows, "
+        f"{data.num_response_tokens} response tokens; {data.cut} responses "
+        f"are cut, {len(data.dropped)} do not fit at all.",
+        flush=True,
+    )
+    return data
+
+
+def compile_model(model, steps_per_epoch, options):
+    accumulated = max(options.batch_size // options.micro_batch_size, 1)
+    # Keras's schedules count batches, whether or not a step follows.
+    batches = steps_per_epoch * options.epochs
+    warmup = min(options.warmup_steps * accumulated, batches - 1)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else options.learning_rate,
+        batches - warmup,
+        warmup_target=options.learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+    model.compile(
+        optimizer=keras.optimizers.AdamW(
+            schedule,
+            weight_decay=0.0,
+            gradient_accumulation_steps=(
+                accumulated if accumulated > 1 else None
+            ),
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=[],
+        sampler="greedy",
+    )
+
+
+def train_epoch(model, data, epoch, options, progress):
+    """Train for an epoch, in an order that depends on its number alone."""
+    order = np.random.default_rng((options.seed, epoch)).permutation(
+        len(data.y)
+    )
+    tick = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: progress.advance(
+            1, f"epoch {epoch + 1}, loss {logs['loss']:.3f}"
+        )
+    )
+    history = model.fit(
+        {name: array[order] for name, array in data.x.items()},
+        data.y[order],
+        sample_weight=data.sample_weight[order],
+        batch_size=options.micro_batch_size,
+        shuffle=False,
+        initial_epoch=epoch,
+        epochs=epoch + 1,
+        callbacks=[tick],
+        verbose=0,
+    )
+    loss = history.history["loss"][0]
+    if not math.isfinite(loss):
+        raise SystemExit(
+            f"The loss is {loss} after epoch {epoch + 1}. Lower "
+            "--learning-rate. What was kept is that of the epoch before."
+        )
+    return float(loss)
+
+
+def perplexities(model, data, options):
+    """Perplexity of held-out response tokens, of each network.
+
+    All rows are weighed by their response tokens.
+    """
+    totals = {"mean": 0.0, "ensemble": 0.0}
+    for start in range(0, len(data.y), options.micro_batch_size):
+        part = slice(start, start + options.micro_batch_size)
+        batch = {
+            "x": {name: array[part] for name, array in data.x.items()},
+            "y": data.y[part],
+            "sample_weight": data.sample_weight[part],
+            "batch_size": options.micro_batch_size,
+            "verbose": 0,
+        }
+        weight = float(batch["sample_weight"].sum())
+        totals["mean"] += weight * model.evaluate(**batch)
+        totals["ensemble"] += weight * model.ensemble_evaluate(
+            seed=options.seed, average="probability", **batch
+        )
+    return {
+        f"{name}_perplexity": math.exp(total / data.num_response_tokens)
+        for name, total in totals.items()
+    }
+
+
+class Run:
+    """Keeps what the epochs gave, and the model after the last of them.
+
+    Args:
+        folder: Path of the run's own folder.
+        settings: What the run depends on.
+        model: The compiled model; it gets the state of an interrupted run.
+
+    Attributes:
+        epochs: List of dictionaries.
+    """
+
+    def __init__(self, folder, settings, model):
+        self._folder, self._model, self._settings = folder, model, settings
+        self._path = folder / "run.json"
+        self.epochs = []
+        if not self._path.exists():
+            return
+        before = json.loads(self._path.read_text())
+        if before["settings"] != settings:
+            raise SystemExit(
+                f"{folder} holds a run of other settings. Pass another --name, "
+                "or delete that folder."
+            )
+        self.epochs = before["epochs"]
+        if self.epochs:
+            model.optimizer.build(model.trainable_variables)
+            model.load_weights(self._weights(len(self.epochs)))
+
+    def add(self, epoch):
+        self.epochs.append(epoch)
+        count = len(self.epochs)
+        self._model.save_weights(self._weights(count))
+        content = {"settings": self._settings, "epochs": self.epochs}
+        # From here on, a run that starts anew finds this epoch's weights.
+        write_atomically(
+            self._path, (json.dumps(content, indent=1) + "\n").encode()
+        )
+        for path in self._folder.glob("after-*.weights.h5"):
+            if path != self._weights(count):
+                path.unlink()
+
+    def finish(self):
+        """Write the adapters alone; return where."""
+        path = self._folder / "adapters.safetensors"
+        self._model.save_adapters(path)
+        return path
+
+    def _weights(self, count):
+        return self._folder / f"after-{count}.weights.h5"
+
+
+def settings_of(options, train, held_out):
+    hidden = "data_dir", "output"
+    settings = {k: v for k, v in vars(options).items() if k not in hidden}
+    return {
+        **settings,
+        "preset": pathlib.Path(options.preset).name,
+        "backend": keras.config.backend(),
+        "rows": len(train.y),
+        "response_tokens": train.num_response_tokens,
+        "held_out_response_tokens": held_out.num_response_tokens,
+    }
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("--data-dir", required=True, help="folder of JSON Lines")
+    add("--output", default="demo-output/paper", help="folder of all results")
+    add("--name", default="lora-dropout", help="of the run, a folder")
+    add("--epochs", type=count, default=3)
+    add("--learning-rate", type=positive, default=5e-5)
+    add("--batch-size", type=count, default=128, help="for one step")
+    add("--micro-batch-size", type=count, default=4, help="at a time")
+    add("--warmup-steps", type=natural, default=500)
+    add("--sequence-length", type=count, default=512)
+    add("--packed", action="store_true", help="several examples in a row")
+    add("--train-examples", type=count, help="default: all")
+    add("--held-out", type=count, default=256, help="examples")
+    add("--smoke", action="store_true", help="for tests: a few examples")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from here.")
