@@ -349,6 +349,21 @@ def test_positions_are_limited():
         model.ensemble_generate(tokens(7), stop_token_ids=None)
 
 
+def test_encoder_decoders_are_refused():
+    backbone = keras_hub.models.BartBackbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+    )
+    model = language_models.enable_lora_dropout(
+        keras_hub.models.BartSeq2SeqLM(backbone), rank=2
+    )
+    with pytest.raises(ValueError, match="an encoder and a decoder"):
+        model.ensemble_generate(["the fox"])
+
+
 def test_models_that_do_not_generate_say_so():
     with pytest.raises(ValueError, match="does not generate text"):
         adapted_mlp().ensemble_generate(["the fox"])

@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import pathlib
 import sys
 
@@ -17,6 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
+from real_data import REAL
 
 sys.path.insert(
     0, str(pathlib.Path(__file__).parents[1] / "examples" / "paper")
@@ -28,13 +28,14 @@ from data import sample
 from rows import DATASETS
 
 ROOT = pathlib.Path(__file__).parents[1]
-REAL = pathlib.Path(
-    os.environ.get("KERAS_LORA_DROPOUT_DATA", ROOT.parent / "shared" / "data")
-)
 # TFDS has ArrayRecord on Linux alone.
 FORMATS = ["tfrecord"]
 if importlib.util.find_spec("array_record"):
     FORMATS.append("array_record")
+
+
+def in_tfds(dataset):
+    return DATASETS[dataset].in_tfds
 
 
 def answers(*pairs):
@@ -194,7 +195,14 @@ def test_both_sources_give_the_same_rows(
     assert exactly(load_rows(dataset, split, tmp_path)) == expected
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", [d for d in DATASETS if not in_tfds(d)])
+def test_what_tfds_does_not_have_comes_from_files(dataset):
+    assert dataset not in tfds.list_builders(with_community_datasets=False)
+    with pytest.raises(ValueError, match=f"TFDS does not have {dataset}"):
+        load_rows(dataset, DATASETS[dataset].splits[0])
+
+
+@pytest.mark.parametrize("dataset", list(filter(in_tfds, DATASETS)))
 def test_fields_and_classes_are_those_of_tfds(dataset, tmp_path):
     features = tfds.builder(dataset, data_dir=tmp_path).info.features
     about = DATASETS[dataset]

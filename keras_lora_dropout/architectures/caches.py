@@ -6,19 +6,18 @@ import math
 import keras
 
 
-def cache_bytes(model, rows, length):
+def cache_line(model):
     """Size of what a KerasHub `CausalLM` keeps between two tokens.
 
-    It is inferred from the caches of one short row.
+    It is inferred from the caches of two short rows.
 
     Args:
         model: A `keras_hub.models.CausalLM`.
-        rows: Integer. Number of prompts.
-        length: Integer. Number of tokens of prompt and answer.
 
     Returns:
-        Integer, or `None` for a model whose cache depends on more than the
-        tokens, such as images.
+        Tuple of integers: bytes that one row takes whatever its length, and
+        bytes that each of its tokens takes. `None` for a model whose cache
+        depends on more than the tokens, such as images.
     """
     # Private, since nothing public tells the size before it is allocated.
     build = getattr(model, "_build_cache", None)
@@ -27,7 +26,7 @@ def cache_bytes(model, rows, length):
     ]:
         return None
     two, three = (_bytes_of(build, tokens) for tokens in (2, 3))
-    return rows * (two + (length - 2) * (three - two))
+    return 3 * two - 2 * three, three - two
 
 
 def _bytes_of(build, length):

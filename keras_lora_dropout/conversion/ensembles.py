@@ -209,10 +209,15 @@ class EnsembleMethods:
 
 
 class _EnsembleState:
-    """Compiled functions by what they compute, and seeds not given."""
+    """Compiled functions by what they compute, and seeds not given.
+
+    What `cache_line` says of the model is kept, too, once it was asked.
+    """
 
     def __init__(self, random_source):
         self.random = random_source
+        self.knows_cache = False
+        self.cache_line = None
         self._functions = {}
 
     def functions(self, key, compilation):

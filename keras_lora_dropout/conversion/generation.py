@@ -3,9 +3,10 @@
 import contextlib
 import functools
 
+import keras_hub
 from keras import ops
 
-from keras_lora_dropout.architectures.caches import cache_bytes
+from keras_lora_dropout.architectures.caches import cache_line
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.inference.generation import GenerationRequest
 from keras_lora_dropout.inference.generation import check_sampler
@@ -71,6 +72,12 @@ class Generation:
                 f'Model "{self.name}" ({self.plain_class().__name__}) does not '
                 "generate text; a `keras_hub.models.CausalLM` does. Use "
                 "`ensemble_predict` for its outputs."
+            )
+        if isinstance(self, keras_hub.models.Seq2SeqLM):
+            raise ValueError(
+                f'Model "{self.name}" ({self.plain_class().__name__}) has an '
+                "encoder and a decoder, for which `ensemble_generate` is not "
+                "made. Use `generate`, the mean network's text."
             )
         validation.not_empty("inputs", inputs)
         check_sampler(self.sampler)
@@ -147,8 +154,15 @@ class Generation:
 
     def _check_cache(self, rows, length, count):
         """Raise `ValueError` if the caches of all instances cannot fit."""
-        one, free = cache_bytes(self, rows, length), free_memory()
-        if one is None or free is None or count * one <= free:
+        state = self._ensemble_state
+        if not state.knows_cache:
+            state.cache_line, state.knows_cache = cache_line(self), True
+        free = free_memory()
+        if state.cache_line is None or free is None:
+            return
+        fixed, each_token = state.cache_line
+        one = rows * (fixed + length * each_token)
+        if count * one <= free:
             return
         raise ValueError(
             f"The caches of num_samples={count} instances need {count * one:,} "

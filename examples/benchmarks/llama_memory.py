@@ -1,0 +1,216 @@
+"""What Llama2-7B needs to be trained: bytes of each part, measured and summed.
+
+Builds one, two and three blocks of Llama2-7B's own width, compiles the training
+step on JAX and runs nothing. Blocks are alike, so the line through the three
+leads to all 32. Temporaries, activations among them, are XLA's for a processor;
+on an accelerator they are others, and fewer where attention is fused.
+
+    KERAS_BACKEND=jax python examples/benchmarks/llama_memory.py
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import warnings
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import keras
+import keras_side
+import numpy as np
+from compiled_cost import training_cost
+from workloads import SHAPES
+from workloads import Workload
+
+BLOCKS = (1, 2, 3)
+WEIGHTS = ("bfloat16", "int8", "int4")
+SAMPLING = {
+    "N = 1": {"num_samples": 1},
+    "N = 4, parallel": {"num_samples": 4},
+    "N = 4, sequential": {"num_samples": 4, "sampling": "sequential"},
+}
+PARTS = {
+    "frozen": "frozen weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "temporaries": "temporaries",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Workload):
+    """The first blocks of a model.
+
+    Attributes:
+        blocks: Number of blocks.
+    """
+
+    blocks: int
+
+    @property
+    def shape(self):
+        return {**super().shape, "num_layers": self.blocks}
+
+
+def measure(scale, blocks, weights, options, batch, length, rank):
+    """Measure one model.
+
+    Returns:
+        Dictionary of bytes with the keys of `PARTS`.
+    """
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy("bfloat16")
+    workload = Blocks("llama", scale, batch, length, rank, blocks)
+    model = keras_side.build_model(workload)
+    if weights != "bfloat16":
+        with warnings.catch_warnings():
+            # Keras names each layer that it leaves as it is.
+            warnings.simplefilter("ignore")
+            model.quantize(weights)
+    keras_side.enable_ours(model, workload, **options)
+    model.compile(
+        keras.optimizers.Adam(1e-4),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[],
+    )
+    cost = training_cost(model, *keras_side.make_batch(workload))
+    trained = bytes_of(model.trainable_variables)
+    return {
+        "frozen": bytes_of(model.non_trainable_variables),
+        "adapters": trained,
+        "gradients": trained,
+        "optimizer": bytes_of(model.optimizer.variables),
+        "temporaries": round(cost["temporary_megabytes"] * 1e6),
+    }
+
+
+def bytes_of(variables):
+    """Bytes of variables; a byte holds two integers of four bits."""
+    return sum(
+        math.prod(variable.shape)
+        * int("".join(filter(str.isdigit, variable.dtype)))
+        // 8
+        for variable in variables
+    )
+
+
+def extrapolate(measured, blocks):
+    """Follow the line through what was measured to another number of blocks.
+
+    Args:
+        measured: Dictionary of number of blocks -> bytes.
+        blocks: Integer.
+
+    Returns:
+        Tuple of the bytes there, and the largest distance of a measured point
+        from the line, as a part of that point.
+    """
+    counts, values = map(np.array, zip(*measured.items(), strict=True))
+    line = np.polyfit(counts, values, 1)
+    off = np.abs(np.polyval(line, counts) - values) / values
+    return float(np.polyval(line, blocks)), float(off.max())
+
+
+def main():
+    options = parse_arguments()
+    whole = SHAPES["llama", options.scale]["num_layers"]
+    results = {
+        "question": __doc__.splitlines()[0],
+        "versions": {"jax": jax.__version__, **keras_side.versions()},
+        "batch": options.batch,
+        "length": options.length,
+        "rank": options.rank,
+        "scale": options.scale,
+        "blocks": whole,
+        "measured": {},
+        "extrapolated": {},
+    }
+    for weights in WEIGHTS:
+        for title, settings in SAMPLING.items():
+            rows = {
+                blocks: measure(
+                    options.scale,
+                    blocks,
+                    weights,
+                    settings,
+                    options.batch,
+                    options.length,
+                    options.rank,
+                )
+                for blocks in BLOCKS
+            }
+            key = f"{weights}, {title}"
+            results["measured"][key] = rows
+            results["extrapolated"][key] = {
+                part: extrapolate({b: r[part] for b, r in rows.items()}, whole)
+                for part in PARTS
+            }
+            print(key, results["extrapolated"][key], flush=True)
+    write(pathlib.Path(options.output), results)
+
+
+def write(folder, results):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "llama_memory.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    table = folder / "llama_memory.md"
+    table.write_text("\n".join(markdown(results)) + "\n")
+    print(f"Written: {path}, {table}")
+
+
+def markdown(results):
+    """Yield the lines of the page: what was measured, and where it leads."""
+    yield "# Memory of Llama2-7B"
+    yield ""
+    yield (
+        f"{results['batch']} x {results['length']} tokens, rank "
+        f"{results['rank']} on the four projections of attention, Adam, "
+        "adapters in float32; GB of 10^9 bytes. Gradients of one step at a "
+        "time are all that is held of them."
+    )
+    tables = {
+        f"All {results['blocks']} blocks, extrapolated": {
+            key: {part: value for part, (value, _) in row.items()}
+            for key, row in results["extrapolated"].items()
+        },
+    }
+    for blocks in BLOCKS:
+        tables[f"{blocks} block{'s' * (blocks > 1)}, measured"] = {
+            key: rows[blocks] for key, rows in results["measured"].items()
+        }
+    for title, rows in tables.items():
+        yield from ["", f"## {title}", ""]
+        yield f"| weights, instances | {' | '.join(PARTS.values())} | sum |"
+        yield "|---" * (len(PARTS) + 2) + "|"
+        for key, row in rows.items():
+            cells = [f"{row[part] / 1e9:.3f}" for part in PARTS]
+            total = sum(row[part] for part in PARTS) / 1e9
+            yield f"| {key} | {' | '.join(cells)} | {total:.2f} |"
+    off = max(
+        off
+        for row in results["extrapolated"].values()
+        for _, off in row.values()
+    )
+    yield ""
+    yield f"No measured point is off its line by more than {off:.2%}."
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--scale", choices=["smoke", "small", "7b"], default="7b")
+    add("--batch", type=int, default=1)
+    add("--length", type=int, default=512)
+    add("--rank", type=int, default=16)
+    add("--output", default="demo-output/benchmarks")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
