@@ -91,7 +91,7 @@ def measure(scale, blocks, weights, options, batch, length, rank):
 
 
 def bytes_of(variables):
-    """Bytes of variables; a byte holds two integers of four bits."""
+    """Bytes of variables; Keras stores int4 in pairs, as int8."""
     return sum(
         math.prod(variable.shape)
         * int("".join(filter(str.isdigit, variable.dtype)))
@@ -171,8 +171,7 @@ def markdown(results):
     yield (
         f"{results['batch']} x {results['length']} tokens, rank "
         f"{results['rank']} on the four projections of attention, Adam, "
-        "adapters in float32; GB of 10^9 bytes. Gradients of one step at a "
-        "time are all that is held of them."
+        "adapters in float32; GB of 10^9 bytes."
     )
     tables = {
         f"All {results['blocks']} blocks, extrapolated": {

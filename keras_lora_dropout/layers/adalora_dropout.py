@@ -103,7 +103,8 @@ class AdaLoRADropoutDense(AdaLoRAFactors, AdaptedDense):
 
     Raises:
         ValueError: If `rank`, `alpha` or `dropout_rate` is out of range, or if
-            the kernel is quantized or constrained.
+            the kernel is constrained, or quantized to anything but int8
+            and int4.
 
     Example:
 
@@ -153,8 +154,8 @@ class AdaLoRADropoutEinsumDense(AdaLoRAFactors, AdaptedEinsumDense):
 
     Raises:
         ValueError: If `rank`, `alpha` or `dropout_rate` is out of range, if
-            the kernel is quantized or constrained, or if the kernel is a stack
-            of matrices.
+            the kernel is constrained, quantized to anything but int8 and int4,
+            or a stack of matrices.
 
     Example:
 

@@ -70,7 +70,8 @@ class LoRADropoutDense(LoRAFactors, AdaptedDense):
 
     Raises:
         ValueError: If `rank`, `alpha` or `dropout_rate` is out of range, or if
-            the kernel is quantized or constrained.
+            the kernel is constrained, or quantized to anything but int8
+            and int4.
 
     Example:
 
@@ -118,8 +119,8 @@ class LoRADropoutEinsumDense(LoRAFactors, AdaptedEinsumDense):
 
     Raises:
         ValueError: If `rank`, `alpha` or `dropout_rate` is out of range, if
-            the kernel is quantized or constrained, or if the kernel is a stack
-            of matrices.
+            the kernel is constrained, quantized to anything but int8 and int4,
+            or a stack of matrices.
 
     Example:
 
