@@ -18,6 +18,8 @@ if BACKEND != "jax":
 
 import jax
 
+FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks"
+
 
 @pytest.fixture(scope="module")
 def counts():
@@ -81,6 +83,47 @@ def test_an_ensemble_of_the_top_shares_what_lies_before(counts):
     # Three of four layers are shared: (3 + 4) / (4 * 4) is 0.44.
     four, one = counts["ensembles"]["four"], counts["ensembles"]["one"]
     assert four <= 0.55 * 4 * one
+
+
+def test_memory_of_llama(tmp_path):
+    """Parts are counted, and lead from one, two and three blocks to all."""
+    script = FOLDER / "llama_memory.py"
+    small = "--scale smoke --weights bfloat16 --length 8 --rank 2 --output"
+    done = subprocess.run(
+        [sys.executable, str(script), *small.split(), str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "llama_memory.json").read_text())
+    one = results["measured"]["bfloat16, N = 1"]
+    # Of 16 features: four projections, three of 32, two norms, in 16 bits.
+    block = 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16)
+    # States of random generators come with each block.
+    assert 0 <= one["3"]["frozen"] - one["2"]["frozen"] - block <= 64
+    for blocks in "123":
+        # Factors of 16 x 2 and 2 x 16, in 32 bits; Adam keeps two of each.
+        adapters = int(blocks) * 4 * 2 * (16 * 2) * 4
+        assert one[blocks]["adapters"] == one[blocks]["gradients"] == adapters
+        assert 0 <= one[blocks]["optimizer"] - 2 * adapters <= 16
+    # The model of this scale has two blocks, which were measured.
+    whole = {
+        part: value
+        for part, (value, _) in results["extrapolated"][
+            "bfloat16, N = 1"
+        ].items()
+    }
+    assert whole["frozen"] == pytest.approx(one["2"]["frozen"])
+    assert whole["temporaries"] == pytest.approx(one["2"]["temporaries"], 0.05)
+    parallel, sequential = (
+        results["measured"][f"bfloat16, N = 4, {sampling}"]["3"]
+        for sampling in ("parallel", "sequential")
+    )
+    assert sequential["temporaries"] < 0.75 * parallel["temporaries"]
+    assert parallel["gflop"] == pytest.approx(sequential["gflop"], rel=0.25)
+    page = (tmp_path / "llama_memory.md").read_text()
+    assert page.count("\n| bfloat16, N = 4, sequential |") == 5
+    assert "compiled for cpu" in page
 
 
 def mlp(**options):

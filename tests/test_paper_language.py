@@ -108,6 +108,8 @@ def test_from_instructions_to_mmlu(data, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             run_alpaca(data, tmp_path / "again", "--packed")
     again = run_alpaca(data, tmp_path / "again", "--packed")
+    assert again["before"] == first["before"]
+    assert first["before"]["mean_perplexity"] > losses[0]
     for one, other in zip(first["epochs"], again["epochs"], strict=True):
         assert one["mean_perplexity"] == pytest.approx(
             other["mean_perplexity"], rel=1e-5

@@ -204,6 +204,12 @@ def test_learning_rates_are_chosen_on_the_first_seed(command, tmp_path):
         f"| LoRA | {searched[best]['weights']['backbone']:,} | {shown} |"
         in page
     )
+    cells = []
+    for rate in (1e-9, 1e-2):
+        of = searched[rate]["scores"]["validation"]["mean"]
+        text = f"{100 * of['accuracy']:.1f}, {of['nll']:.3f}"
+        cells.append(f"**{text}**" if rate == best else text)
+    assert f"| LoRA, mean network | {' | '.join(cells)} |" in page
 
 
 def test_report_alone(command, tmp_path):

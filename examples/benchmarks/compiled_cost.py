@@ -42,12 +42,14 @@ COLUMNS = {
 }
 
 
-def training_cost(model, x, y):
+def training_cost(model, x, y, device=None):
     """Compile the training step of a Keras model on JAX, and count.
 
     Args:
         model: A compiled `keras.Model` without metrics.
         x, y: One batch, of NumPy arrays.
+        device: Device to compile for, which need not be there. By default
+            JAX's own.
 
     Returns:
         Dict with the keys of `COLUMNS`.
@@ -60,8 +62,11 @@ def training_cost(model, x, y):
         model.metrics_variables,
     )
     state = tuple([v.value for v in group] for group in variables)
+    place = device and jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=place
+        ),
         (state, (x, y)),
     )
     # A function of its own: JAX would take up what it traced for another model.

@@ -1,11 +1,13 @@
-"""What Llama2-7B needs to be trained: bytes of each part, measured and summed.
+"""What Llama2-7B needs to be trained: bytes of each part, and operations.
 
 Builds one, two and three blocks of Llama2-7B's own width, compiles the training
 step on JAX and runs nothing. Blocks are alike, so the line through the three
-leads to all 32. Temporaries, activations among them, are XLA's for a processor;
-on an accelerator they are others, and fewer where attention is fused.
+leads to all 32. Temporaries, activations among them, depend on the device: on a
+processor, XLA holds a float32 copy of each kernel. With `--tpu v5p` it compiles
+for an accelerator, which need not be there; `libtpu` is the compiler.
 
-    KERAS_BACKEND=jax python examples/benchmarks/llama_memory.py
+    pip install libtpu
+    KERAS_BACKEND=jax python examples/benchmarks/llama_memory.py --tpu v5p
 """
 
 import argparse
@@ -16,6 +18,8 @@ import os
 import pathlib
 import warnings
 
+# Without a TPU, its library asks the network, or warns that it cannot.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -24,8 +28,11 @@ import keras
 import keras_side
 import numpy as np
 from compiled_cost import training_cost
+from jax.experimental import topologies
 from workloads import SHAPES
 from workloads import Workload
+
+from keras_lora_dropout.conversion.model import SamplingSettings
 
 BLOCKS = (1, 2, 3)
 WEIGHTS = ("bfloat16", "int8", "int4")
@@ -41,6 +48,9 @@ PARTS = {
     "optimizer": "optimizer",
     "temporaries": "temporaries",
 }
+# Sustained; the rows are three epochs of Alpaca-clean, one example in each.
+TFLOP_PER_SECOND = 100, 400
+ROWS = 3 * 51_760
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +68,37 @@ class Blocks(Workload):
         return {**super().shape, "num_layers": self.blocks}
 
 
-def measure(scale, blocks, weights, options, batch, length, rank):
-    """Measure one model.
+def measure(workload, weights, device):
+    """Measure one model, sampled in each way of `SAMPLING`.
 
     Returns:
-        Dictionary of bytes with the keys of `PARTS`.
+        Dictionary of title -> dictionary of bytes with the keys of `PARTS`,
+        and of the operations of a step, "gflop".
     """
     keras.backend.clear_session()
     keras.config.set_dtype_policy("bfloat16")
-    workload = Blocks("llama", scale, batch, length, rank, blocks)
     model = keras_side.build_model(workload)
     if weights != "bfloat16":
         with warnings.catch_warnings():
             # Keras names each layer that it leaves as it is.
             warnings.simplefilter("ignore")
             model.quantize(weights)
-    keras_side.enable_ours(model, workload, **options)
+    keras_side.enable_ours(model, workload)
+    return {
+        title: measure_step(model, workload, settings, device)
+        for title, settings in SAMPLING.items()
+    }
+
+
+def measure_step(model, workload, settings, device):
+    # Quantizing 7B's width takes minutes, so that one model serves for all.
+    model.lora_dropout = SamplingSettings(**settings)
     model.compile(
         keras.optimizers.Adam(1e-4),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[],
     )
-    cost = training_cost(model, *keras_side.make_batch(workload))
+    cost = training_cost(model, *keras_side.make_batch(workload), device)
     trained = bytes_of(model.trainable_variables)
     return {
         "frozen": bytes_of(model.non_trainable_variables),
@@ -87,7 +106,22 @@ def measure(scale, blocks, weights, options, batch, length, rank):
         "gradients": trained,
         "optimizer": bytes_of(model.optimizer.variables),
         "temporaries": round(cost["temporary_megabytes"] * 1e6),
+        "gflop": gflop(cost, settings),
     }
+
+
+def gflop(cost, settings):
+    """Operations of a step; XLA counts the body of a loop once."""
+    sequential = settings.get("sampling") == "sequential"
+    return cost["gflop"] * (settings["num_samples"] if sequential else 1)
+
+
+def tpu(version):
+    """A TPU to compile for, which need not be there."""
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{version}:2x2x1"
+    )
+    return topology.devices[0]
 
 
 def bytes_of(variables):
@@ -119,10 +153,12 @@ def extrapolate(measured, blocks):
 
 def main():
     options = parse_arguments()
+    device = tpu(options.tpu) if options.tpu else jax.devices()[0]
     whole = SHAPES["llama", options.scale]["num_layers"]
     results = {
         "question": __doc__.splitlines()[0],
         "versions": {"jax": jax.__version__, **keras_side.versions()},
+        "device": device.device_kind,
         "batch": options.batch,
         "length": options.length,
         "rank": options.rank,
@@ -131,25 +167,29 @@ def main():
         "measured": {},
         "extrapolated": {},
     }
-    for weights in WEIGHTS:
-        for title, settings in SAMPLING.items():
-            rows = {
-                blocks: measure(
+    for weights in options.weights:
+        by_blocks = {
+            blocks: measure(
+                Blocks(
+                    "llama",
                     options.scale,
-                    blocks,
-                    weights,
-                    settings,
                     options.batch,
                     options.length,
                     options.rank,
-                )
-                for blocks in BLOCKS
-            }
+                    blocks,
+                ),
+                weights,
+                device,
+            )
+            for blocks in BLOCKS
+        }
+        for title in SAMPLING:
+            rows = {blocks: by_blocks[blocks][title] for blocks in BLOCKS}
             key = f"{weights}, {title}"
             results["measured"][key] = rows
             results["extrapolated"][key] = {
                 part: extrapolate({b: r[part] for b, r in rows.items()}, whole)
-                for part in PARTS
+                for part in (*PARTS, "gflop")
             }
             print(key, results["extrapolated"][key], flush=True)
     write(pathlib.Path(options.output), results)
@@ -166,12 +206,13 @@ def write(folder, results):
 
 def markdown(results):
     """Yield the lines of the page: what was measured, and where it leads."""
-    yield "# Memory of Llama2-7B"
+    yield "# Memory and time of Llama2-7B"
     yield ""
     yield (
         f"{results['batch']} x {results['length']} tokens, rank "
         f"{results['rank']} on the four projections of attention, Adam, "
-        "adapters in float32; GB of 10^9 bytes."
+        f"adapters in float32, compiled for {results['device']}; GB of 10^9 "
+        "bytes."
     )
     tables = {
         f"All {results['blocks']} blocks, extrapolated": {
@@ -191,6 +232,23 @@ def markdown(results):
             cells = [f"{row[part] / 1e9:.3f}" for part in PARTS]
             total = sum(row[part] for part in PARTS) / 1e9
             yield f"| {key} | {' | '.join(cells)} | {total:.2f} |"
+    yield from ["", "## Operations", ""]
+    rates = [f"hours at {rate} TFLOP/s" for rate in TFLOP_PER_SECOND]
+    yield f"| weights, instances | TFLOP of a step | {' | '.join(rates)} |"
+    yield "|---" * (len(rates) + 2) + "|"
+    for key, row in results["extrapolated"].items():
+        step = row["gflop"][0] / 1e3
+        whole = step * ROWS / results["batch"]
+        hours = [f"{whole / rate / 3600:.1f}" for rate in TFLOP_PER_SECOND]
+        yield f"| {key} | {step:.1f} | {' | '.join(hours)} |"
+    yield ""
+    yield (
+        f"Hours of {ROWS:,} rows of {results['length']} tokens, three epochs "
+        "of Alpaca-clean with one example in a row, if a device sustains that "
+        "many operations. XLA counts the body of a loop once: for instances "
+        "one after another it is multiplied by their number, what stands "
+        "before the loop included."
+    )
     off = max(
         off
         for row in results["extrapolated"].values()
@@ -204,6 +262,8 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--scale", choices=["smoke", "small", "7b"], default="7b")
+    add("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS)
+    add("--tpu", help="compile for this TPU: v5e, v5p, v6e, ...")
     add("--batch", type=int, default=1)
     add("--length", type=int, default=512)
     add("--rank", type=int, default=16)

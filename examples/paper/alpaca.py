@@ -21,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
+import alpaca_report
 import keras
 import numpy as np
 from causal_models import adapted_model
@@ -46,6 +47,9 @@ SMOKE_ROWS = 8
 
 def main(options):
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if options.report:
+        alpaca_report.write(pathlib.Path(options.output) / "alpaca")
+        return
     train_rows, held_out_rows = rows_of(options)
     model = adapted_model(options)
     tokenizer, model.preprocessor = model.preprocessor.tokenizer, None
@@ -60,6 +64,9 @@ def main(options):
     settings = settings_of(options, train, held_out)
     print(json.dumps(settings, indent=1), flush=True)
     run = Run(folder, settings, model)
+    if not run.before:
+        run.begin(perplexities(model, held_out, options))
+        print(f"Before training: {json.dumps(run.before)}", flush=True)
     progress = Progress(steps_per_epoch * options.epochs)
     for epoch in range(options.epochs):
         if epoch < len(run.epochs):
@@ -77,6 +84,7 @@ def main(options):
         print(f"Epoch {epoch + 1}: {json.dumps(run.epochs[-1])}", flush=True)
     progress.end()
     print(f"Written: {run.finish()}")
+    alpaca_report.write(folder.parent)
 
 
 def rows_of(options):
@@ -210,35 +218,37 @@ class Run:
         model: The compiled model; it gets the state of an interrupted run.
 
     Attributes:
+        before: Dictionary, the scores before training; empty if unknown.
         epochs: List of dictionaries.
     """
 
     def __init__(self, folder, settings, model):
         self._folder, self._model, self._settings = folder, model, settings
         self._path = folder / "run.json"
-        self.epochs = []
+        self.before, self.epochs = {}, []
         if not self._path.exists():
             return
-        before = json.loads(self._path.read_text())
-        if before["settings"] != settings:
+        kept = json.loads(self._path.read_text())
+        if kept["settings"] != settings:
             raise SystemExit(
                 f"{folder} holds a run of other settings. Pass another --name, "
                 "or delete that folder."
             )
-        self.epochs = before["epochs"]
+        self.before, self.epochs = kept["before"], kept["epochs"]
         if self.epochs:
             model.optimizer.build(model.trainable_variables)
             model.load_weights(self._weights(len(self.epochs)))
+
+    def begin(self, scores):
+        self.before = scores
+        self._write()
 
     def add(self, epoch):
         self.epochs.append(epoch)
         count = len(self.epochs)
         self._model.save_weights(self._weights(count))
-        content = {"settings": self._settings, "epochs": self.epochs}
         # From here on, a run that starts anew finds this epoch's weights.
-        write_atomically(
-            self._path, (json.dumps(content, indent=1) + "\n").encode()
-        )
+        self._write()
         for path in self._folder.glob("after-*.weights.h5"):
             if path != self._weights(count):
                 path.unlink()
@@ -249,12 +259,22 @@ class Run:
         self._model.save_adapters(path)
         return path
 
+    def _write(self):
+        content = {
+            "settings": self._settings,
+            "before": self.before,
+            "epochs": self.epochs,
+        }
+        write_atomically(
+            self._path, (json.dumps(content, indent=1) + "\n").encode()
+        )
+
     def _weights(self, count):
         return self._folder / f"after-{count}.weights.h5"
 
 
 def settings_of(options, train, held_out):
-    hidden = "data_dir", "output"
+    hidden = "data_dir", "output", "report"
     settings = {k: v for k, v in vars(options).items() if k not in hidden}
     return {
         **settings,
@@ -273,8 +293,9 @@ def parse_arguments(arguments=None):
     )
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--data-dir", required=True, help="folder of JSON Lines")
+    add("--data-dir", help="folder of JSON Lines")
     add("--output", default="demo-output/paper", help="folder of all results")
+    add("--report", action="store_true", help="of the results there are")
     add("--name", default="lora-dropout", help="of the run, a folder")
     add("--epochs", type=count, default=3)
     add("--learning-rate", type=positive, default=5e-5)

@@ -62,10 +62,10 @@ def _losses(summaries):
         score = "nll" if TASKS[task].classes > 1 else "mse"
         for s in [s for s in summaries if s.task == task]:
             if s.network == "mean":
-                _line(row[0], curve(s.runs, "loss"), s.variant.label)
+                line(row[0], curve(s.runs, "loss"), s.variant.label)
             if is_published(s):
                 values = curve(s.runs, "scores", s.network, score)
-                _line(row[1], values, _name(s))
+                line(row[1], values, _name(s))
         row[0].set_title(f"{TASKS[task].title}, training objective")
         row[1].set_title(f"{TASKS[task].title}, evaluation loss")
     return _with_legends(figure, axes, "epoch")
@@ -78,7 +78,7 @@ def _calibration(summaries):
         for s in [s for s in summaries if s.task == task]:
             if s.network != "test_dropout":
                 values = 100 * curve(s.runs, "scores", s.network, "ece")
-                _line(ax, values, _name(s))
+                line(ax, values, _name(s))
         ax.set_title(TASKS[task].title)
         ax.set_ylabel(_axis_label("ece"))
     return _with_legends(figure, axes, "epoch")
@@ -148,14 +148,14 @@ def _sweep(ax, summaries, field, network):
     if points:
         places = sorted(points)
         values = np.array([points[place] for place in places]).T
-        _line(ax, values, NETWORKS[network], places)
+        line(ax, values, NETWORKS[network], places)
 
 
 def _points(ax, x, y, color):
     ax.plot(x, y, "o", color=color, alpha=0.4)
 
 
-def _line(ax, values, label, places=None):
+def line(ax, values, label, places=None):
     """Draw the mean over runs, and the range of them as a band."""
     if places is None:
         places = np.arange(1, values.shape[1] + 1)

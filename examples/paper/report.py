@@ -2,6 +2,7 @@
 
 import figures
 import numpy as np
+from methods import METHODS
 from scores import PERCENT
 from scores import TITLES
 from summaries import NETWORKS
@@ -48,12 +49,12 @@ def write(name, plan, store, folder):
     figures.draw(name, summaries, figure)
     missing = sum(cell not in store for cell in plan.cells(store))
     page = folder / f"{name}.md"
-    text = _page(name, plan, summaries, missing, figure.name)
+    text = _page(name, plan, summaries, store, missing, figure.name)
     write_atomically(page, text.encode())
     return [page, figure]
 
 
-def _page(name, plan, summaries, missing, figure):
+def _page(name, plan, summaries, store, missing, figure):
     parts = [
         f"# {name.capitalize().replace('-', ' ')}: {plan.study.title}",
         _conditions(plan, summaries),
@@ -69,6 +70,7 @@ def _page(name, plan, summaries, missing, figure):
             if rows:
                 of = "" if split == "validation" else f", {split}"
                 parts += [f"## {TASKS[task].title}{of}", _table(task, rows)]
+                parts += _searches(plan, store, task, split, rows)
     return "\n\n".join(parts) + "\n"
 
 
@@ -115,7 +117,7 @@ def _overview(summaries):
         [label, *(_main(of.get(column)) for column in columns)]
         for label, of in lines.items()
     ]
-    return _markdown(["method", *heads], rows)
+    return markdown(["method", *heads], rows)
 
 
 def _table(task, summaries):
@@ -140,7 +142,38 @@ def _table(task, summaries):
         ]
         for s in summaries
     ]
-    return _markdown(heads, rows)
+    return markdown(heads, rows)
+
+
+def _searches(plan, store, task, split, summaries):
+    """What each learning rate gave on the first seed, whichever was chosen."""
+    metric = TASKS[task].metric
+    rows, rates = {}, []
+    for s in summaries:
+        cells = plan.searched(task, s.variant.method)
+        if not cells or s.network == "test_dropout":
+            continue
+        rates = [cell.learning_rate for cell in cells]
+        row = [f"{METHODS[s.variant.method].label}, {NETWORKS[s.network]}"]
+        for cell in cells:
+            scores = store.read(cell)["scores"][split][s.network]
+            loss = "nll" if "nll" in scores else "mse"
+            text = (
+                f"{_number(metric, [scores[metric]])}, "
+                f"{_number(loss, [scores[loss]])}"
+            )
+            chosen = cell.learning_rate == s.learning_rate
+            row.append(f"**{text}**" if chosen else text)
+        # All variants of a method share its search.
+        rows[row[0]] = row
+    if not rows:
+        return []
+    heads = ["method", *(f"{rate:g}" for rate in rates)]
+    return [
+        f"Learning rates, on the first seed: {TITLES[metric]} and "
+        f"{TITLES[loss]}; the chosen one is bold.",
+        markdown(heads, list(rows.values())),
+    ]
 
 
 def _median(summary, clock):
@@ -174,6 +207,6 @@ def _number(name, values):
     return f"{text} ± {factor * np.std(values, ddof=1):.{digits}f}"
 
 
-def _markdown(heads, rows):
+def markdown(heads, rows):
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,130 @@
+"""The perplexities of held-out responses, as a table and as a figure.
+
+Runs that differ in their seeds and names alone are one row, and one line.
+"""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+from figures import line
+from report import markdown
+
+from keras_lora_dropout.storage.atomic import replacing
+from keras_lora_dropout.storage.atomic import write_atomically
+
+HEADS = (
+    "run",
+    "dropout rate",
+    "N",
+    "seeds",
+    "before",
+    "best, mean network",
+    "last, mean network",
+    "best, ensemble",
+    "last, ensemble",
+    "training loss",
+    "seconds an epoch",
+)
+
+
+def write(folder):
+    """Write `alpaca.md` and `alpaca.png` beside the folders of the runs.
+
+    Args:
+        folder: Path of the folder of all runs of `alpaca.py`.
+
+    Raises:
+        SystemExit: If no run has finished an epoch.
+    """
+    groups = groups_of(folder)
+    if not groups:
+        raise SystemExit(
+            f"No run in {folder} has finished an epoch. Run it without "
+            "--report, or pass the --output of the runs."
+        )
+    figure = draw(groups)
+    with replacing(folder / "alpaca.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    rows = [row_of(name, runs) for name, runs in groups.items()]
+    table = markdown(HEADS, rows) + "\n"
+    write_atomically(folder / "alpaca.md", table.encode())
+    print(f"{table}\nWritten: {folder / 'alpaca.md'}")
+
+
+def groups_of(folder):
+    """Read the runs, those of other seeds together; the first one names all.
+
+    Returns:
+        Dictionary of lists of the contents of `run.json`.
+    """
+    groups = {}
+    for path in sorted(folder.glob("*/run.json")):
+        run = json.loads(path.read_text())
+        if not run["epochs"]:
+            continue
+        alike = {
+            name: value
+            for name, value in run["settings"].items()
+            if name not in ("seed", "name")
+        }
+        groups.setdefault(json.dumps(alike), []).append(run)
+    return {runs[0]["settings"]["name"]: runs for runs in groups.values()}
+
+
+def row_of(name, runs):
+    settings = runs[0]["settings"]
+    mean, ensemble = (perplexities(runs, n) for n in ("mean", "ensemble"))
+    loss = [run["epochs"][-1]["loss"] for run in runs]
+    seconds = [epoch["seconds"] for run in runs for epoch in run["epochs"]]
+    return [
+        name,
+        f"{settings['dropout_rate']:g}",
+        str(settings["num_samples"]),
+        str(len(runs)),
+        spread(mean[:, 0]),
+        spread(mean[:, 1:].min(1)),
+        spread(mean[:, -1]),
+        spread(ensemble[:, 1:].min(1)),
+        spread(ensemble[:, -1]),
+        spread(loss),
+        f"{np.median(seconds):.0f}",
+    ]
+
+
+def spread(values):
+    """Mean and standard deviation (of a sample), as they are written."""
+    text = f"{np.mean(values):.2f}"
+    return f"{text} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else text
+
+
+def perplexities(runs, network):
+    """Those before training and after each epoch that all runs have.
+
+    Returns:
+        NumPy array of shape `(runs, 1 + epochs)`.
+    """
+    key = f"{network}_perplexity"
+    shortest = min(len(run["epochs"]) for run in runs)
+    return np.array(
+        [
+            [run["before"][key], *(e[key] for e in run["epochs"][:shortest])]
+            for run in runs
+        ]
+    )
+
+
+def draw(groups):
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, runs in groups.items():
+        networks = {"mean": name}
+        if runs[0]["settings"]["dropout_rate"]:
+            networks["ensemble"] = f"{name}, ensemble"
+        for network, label in networks.items():
+            values = perplexities(runs, network)
+            line(ax, values, label, np.arange(values.shape[1]))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("perplexity of held-out responses")
+    ax.legend(fontsize="small")
+    return figure
