@@ -75,45 +75,63 @@ def run_mmlu(data, output, *more):
     return (output / "mmlu" / "table.md").read_text()
 
 
-def run_alpaca(data, output, *more):
+def run_alpaca(data, output, *more, name="lora-dropout"):
     small = ["--epochs", "2", "--sequence-length", "192", "--warmup-steps"]
     batches = ["1", "--batch-size", "4", "--micro-batch-size", "2"]
     rate = ["--learning-rate", "0.01"]
-    arguments = words(data, output, *small, *batches, *rate, *more)
+    small += [*batches, *rate, "--packed", "--name", name]
+    arguments = words(data, output, *small, *more)
     alpaca.main(alpaca.parse_arguments(arguments))
-    return json.loads(
-        (output / "alpaca" / "lora-dropout" / "run.json").read_text()
-    )
+    return json.loads((output / "alpaca" / name / "epochs.json").read_text())
 
 
 @language_models.needs_stories
 def test_from_instructions_to_mmlu(data, tmp_path, monkeypatch):
     """Adapters are trained, kept and scored; both commands go on."""
-    first = run_alpaca(data, tmp_path / "out", "--packed")
-    losses = [epoch["mean_perplexity"] for epoch in first["epochs"]]
-    assert losses[1] < losses[0]
-    assert all(e["ensemble_perplexity"] > 1 for e in first["epochs"])
+    first = run_alpaca(data, tmp_path / "out")
+    losses = [epoch["mean_perplexity"] for epoch in first]
+    assert losses[0] > losses[1] > losses[2]
+    assert all(e["ensemble_perplexity"] > 1 for e in first)
 
     # Killed after an epoch, it ends where it would have.
     class Killed(Exception):
         pass
 
-    class Once(alpaca.Run):
-        def add(self, epoch):
-            super().add(epoch)
-            raise Killed
+    class Once(alpaca.Journal):
+        def add(self, entry):
+            super().add(entry)
+            if "loss" in entry:
+                raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(alpaca, "Run", Once)
+        patch.setattr(alpaca, "Journal", Once)
         with pytest.raises(Killed):
-            run_alpaca(data, tmp_path / "again", "--packed")
-    again = run_alpaca(data, tmp_path / "again", "--packed")
-    assert again["before"] == first["before"]
-    assert first["before"]["mean_perplexity"] > losses[0]
-    for one, other in zip(first["epochs"], again["epochs"], strict=True):
+            run_alpaca(data, tmp_path / "again")
+    again = run_alpaca(data, tmp_path / "again")
+    for one, other in zip(first, again, strict=True):
         assert one["mean_perplexity"] == pytest.approx(
             other["mean_perplexity"], rel=1e-5
         )
+
+    # Another seed joins its row, another method has its own.
+    page = tmp_path / "out" / "alpaca" / "alpaca.md"
+    assert f" {losses[0]:.2f} | {min(losses[1:]):.2f} |" in page.read_text()
+    plain = ["--dropout-rate", "0", "--num-samples", "1"]
+    run_alpaca(data, tmp_path / "out", *plain, name="lora")
+    other = run_alpaca(data, tmp_path / "out", "--seed", "1", name="other")
+    mean = np.mean([losses[2], other[2]["mean_perplexity"]])
+    page.unlink()
+    report = ["--report", "--output", str(tmp_path / "out")]
+    alpaca.main(alpaca.parse_arguments(report))
+    _, _, *rows = page.read_text().splitlines()
+    assert [row.split(" | ")[:4] for row in rows] == [
+        ["| lora", "0", "1", "1"],
+        ["| lora-dropout", "0.5", "4", "2"],
+    ]
+    assert f"{mean:.2f} ± " in rows[1].split(" | ")[6]
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="No run in"):
+        alpaca.main(alpaca.parse_arguments([*report[:2], str(tmp_path)]))
 
     adapters = tmp_path / "out/alpaca/lora-dropout/adapters.safetensors"
     given = ["--adapters", str(adapters)]
@@ -148,8 +166,8 @@ def test_from_instructions_to_mmlu(data, tmp_path, monkeypatch):
 
     with pytest.raises(SystemExit, match="seed was 0, now 5"):
         run_mmlu(data, tmp_path / "out", *given, "--seed", "5")
-    with pytest.raises(SystemExit, match="a run of other settings"):
-        run_alpaca(data, tmp_path / "out", "--packed", "--seed", "5")
+    with pytest.raises(SystemExit, match=r"seed was 0, now 5.*--name"):
+        run_alpaca(data, tmp_path / "out", "--seed", "5")
 
 
 @language_models.needs_stories

@@ -28,6 +28,8 @@ from causal_models import adapted_model
 from causal_models import add_model_arguments
 from data import load_rows
 from data import sample
+from journal import Journal
+from journal import check_settings
 from progress import Progress
 from reproduce import count
 from reproduce import natural
@@ -40,7 +42,6 @@ from keras_lora_dropout.instruction_tuning.prompts import alpaca_prompt
 from keras_lora_dropout.instruction_tuning.response_data import (
     make_response_data,
 )
-from keras_lora_dropout.storage.atomic import write_atomically
 
 SMOKE_ROWS = 8
 
@@ -63,27 +64,23 @@ def main(options):
     folder.mkdir(parents=True, exist_ok=True)
     settings = settings_of(options, train, held_out)
     print(json.dumps(settings, indent=1), flush=True)
-    run = Run(folder, settings, model)
-    if not run.before:
-        run.begin(perplexities(model, held_out, options))
-        print(f"Before training: {json.dumps(run.before)}", flush=True)
-    progress = Progress(steps_per_epoch * options.epochs)
-    for epoch in range(options.epochs):
-        if epoch < len(run.epochs):
-            continue
+    check_settings(folder, settings, another="--name")
+    journal = Journal(model, folder)
+    done = len(journal.entries)
+    progress = Progress(steps_per_epoch * (options.epochs + 1 - max(done, 1)))
+    for epoch in range(done, options.epochs + 1):
         started = time.monotonic()
-        loss = train_epoch(model, train, epoch, options, progress)
-        scores = perplexities(model, held_out, options)
-        run.add(
-            {
-                "loss": loss,
-                **scores,
-                "seconds": round(time.monotonic() - started, 2),
-            }
-        )
-        print(f"Epoch {epoch + 1}: {json.dumps(run.epochs[-1])}", flush=True)
+        entry = {"epoch": epoch}  # Epoch 0 is the untrained model.
+        if epoch:
+            entry["loss"] = train_epoch(model, train, epoch, options, progress)
+        entry.update(perplexities(model, held_out, options))
+        entry["seconds"] = round(time.monotonic() - started, 2)
+        journal.add(entry)
+        print(json.dumps(entry), flush=True)
     progress.end()
-    print(f"Written: {run.finish()}")
+    path = folder / "adapters.safetensors"
+    model.save_adapters(path)
+    print(f"Written: {path}")
     alpaca_report.write(folder.parent)
 
 
@@ -160,7 +157,7 @@ def train_epoch(model, data, epoch, options, progress):
     )
     tick = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: progress.advance(
-            1, f"epoch {epoch + 1}, loss {logs['loss']:.3f}"
+            1, f"epoch {epoch}, loss {logs['loss']:.3f}"
         )
     )
     history = model.fit(
@@ -169,15 +166,15 @@ def train_epoch(model, data, epoch, options, progress):
         sample_weight=data.sample_weight[order],
         batch_size=options.micro_batch_size,
         shuffle=False,
-        initial_epoch=epoch,
-        epochs=epoch + 1,
+        initial_epoch=epoch - 1,
+        epochs=epoch,
         callbacks=[tick],
         verbose=0,
     )
     loss = history.history["loss"][0]
     if not math.isfinite(loss):
         raise SystemExit(
-            f"The loss is {loss} after epoch {epoch + 1}. Lower "
+            f"The loss is {loss} after epoch {epoch}. Lower "
             "--learning-rate. What was kept is that of the epoch before."
         )
     return float(loss)
@@ -207,70 +204,6 @@ def perplexities(model, data, options):
         f"{name}_perplexity": math.exp(total / data.num_response_tokens)
         for name, total in totals.items()
     }
-
-
-class Run:
-    """Keeps what the epochs gave, and the model after the last of them.
-
-    Args:
-        folder: Path of the run's own folder.
-        settings: What the run depends on.
-        model: The compiled model; it gets the state of an interrupted run.
-
-    Attributes:
-        before: Dictionary, the scores before training; empty if unknown.
-        epochs: List of dictionaries.
-    """
-
-    def __init__(self, folder, settings, model):
-        self._folder, self._model, self._settings = folder, model, settings
-        self._path = folder / "run.json"
-        self.before, self.epochs = {}, []
-        if not self._path.exists():
-            return
-        kept = json.loads(self._path.read_text())
-        if kept["settings"] != settings:
-            raise SystemExit(
-                f"{folder} holds a run of other settings. Pass another --name, "
-                "or delete that folder."
-            )
-        self.before, self.epochs = kept["before"], kept["epochs"]
-        if self.epochs:
-            model.optimizer.build(model.trainable_variables)
-            model.load_weights(self._weights(len(self.epochs)))
-
-    def begin(self, scores):
-        self.before = scores
-        self._write()
-
-    def add(self, epoch):
-        self.epochs.append(epoch)
-        count = len(self.epochs)
-        self._model.save_weights(self._weights(count))
-        # From here on, a run that starts anew finds this epoch's weights.
-        self._write()
-        for path in self._folder.glob("after-*.weights.h5"):
-            if path != self._weights(count):
-                path.unlink()
-
-    def finish(self):
-        """Write the adapters alone; return where."""
-        path = self._folder / "adapters.safetensors"
-        self._model.save_adapters(path)
-        return path
-
-    def _write(self):
-        content = {
-            "settings": self._settings,
-            "before": self.before,
-            "epochs": self.epochs,
-        }
-        write_atomically(
-            self._path, (json.dumps(content, indent=1) + "\n").encode()
-        )
-
-    def _weights(self, count):
-        return self._folder / f"after-{count}.weights.h5"
 
 
 def settings_of(options, train, held_out):

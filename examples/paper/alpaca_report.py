@@ -57,27 +57,28 @@ def groups_of(folder):
     """Read the runs, those of other seeds together; the first one names all.
 
     Returns:
-        Dictionary of lists of the contents of `run.json`.
+        Dictionary of lists of pairs: a run's settings, and its epochs.
     """
     groups = {}
-    for path in sorted(folder.glob("*/run.json")):
-        run = json.loads(path.read_text())
-        if not run["epochs"]:
+    for path in sorted(folder.glob("*/epochs.json")):
+        settings = json.loads(path.with_name("settings.json").read_text())
+        epochs = json.loads(path.read_text())
+        if len(epochs) < 2:
             continue
         alike = {
             name: value
-            for name, value in run["settings"].items()
+            for name, value in settings.items()
             if name not in ("seed", "name")
         }
-        groups.setdefault(json.dumps(alike), []).append(run)
-    return {runs[0]["settings"]["name"]: runs for runs in groups.values()}
+        groups.setdefault(json.dumps(alike), []).append((settings, epochs))
+    return {runs[0][0]["name"]: runs for runs in groups.values()}
 
 
 def row_of(name, runs):
-    settings = runs[0]["settings"]
+    settings = runs[0][0]
     mean, ensemble = (perplexities(runs, n) for n in ("mean", "ensemble"))
-    loss = [run["epochs"][-1]["loss"] for run in runs]
-    seconds = [epoch["seconds"] for run in runs for epoch in run["epochs"]]
+    loss = [epochs[-1]["loss"] for _, epochs in runs]
+    seconds = [epoch["seconds"] for _, epochs in runs for epoch in epochs[1:]]
     return [
         name,
         f"{settings['dropout_rate']:g}",
@@ -105,12 +106,11 @@ def perplexities(runs, network):
     Returns:
         NumPy array of shape `(runs, 1 + epochs)`.
     """
-    key = f"{network}_perplexity"
-    shortest = min(len(run["epochs"]) for run in runs)
+    shortest = min(len(epochs) for _, epochs in runs)
     return np.array(
         [
-            [run["before"][key], *(e[key] for e in run["epochs"][:shortest])]
-            for run in runs
+            [epoch[f"{network}_perplexity"] for epoch in epochs[:shortest]]
+            for _, epochs in runs
         ]
     )
 
@@ -119,7 +119,7 @@ def draw(groups):
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, runs in groups.items():
         networks = {"mean": name}
-        if runs[0]["settings"]["dropout_rate"]:
+        if runs[0][0]["dropout_rate"]:
             networks["ensemble"] = f"{name}, ensemble"
         for network, label in networks.items():
             values = perplexities(runs, network)

@@ -24,6 +24,7 @@ import numpy as np
 from causal_models import adapted_model
 from causal_models import add_model_arguments
 from data import load_rows
+from journal import check_settings
 from letters import letter_model
 from letters import letter_probabilities
 from mmlu_prompts import GROUP_OF
@@ -119,25 +120,6 @@ def settings_of(options):
         "preset": pathlib.Path(options.preset).name,
         "backend": keras.config.backend(),
     }
-
-
-def check_settings(folder, settings):
-    """Refuse to mix results of several settings in a folder."""
-    path = folder / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        other = [k for k in settings if settings[k] != before.get(k)]
-        if other:
-            raise SystemExit(
-                f"{folder} holds results of other settings: "
-                + ", ".join(
-                    f"{k} was {before.get(k)!r}, now {settings[k]!r}"
-                    for k in other
-                )
-                + ". Pass another --output, or delete that folder."
-            )
-        return
-    write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def path_of(folder, shots, mode, subject):

@@ -1,7 +1,6 @@
 """Runs a cell: fine-tunes a model, and scores its networks."""
 
 import importlib
-import json
 import math
 import os
 import platform
@@ -10,12 +9,12 @@ import time
 import keras
 import keras_hub
 import numpy as np
+from journal import Journal
 from methods import METHODS
 from problems import problem_of
 from tasks import TASKS
 
 import keras_lora_dropout as kld
-from keras_lora_dropout.storage.atomic import write_atomically
 
 PREDICTION_BATCH_SIZE = 64
 SAVE_SECONDS = 60.0
@@ -44,8 +43,8 @@ def run(cell, rows, folder, progress):
     METHODS[cell.method].enable(model, cell, steps)
     compile_model(model, cell, steps, problem.loss)
     networks = Networks(model, cell, problem, progress)
-    journal = Journal(model, folder)
-    for epoch in range(len(journal.epochs), cell.epochs):
+    journal = Journal(model, folder, SAVE_SECONDS)
+    for epoch in range(len(journal.entries), cell.epochs):
         work = len(train.rows) * training_cost(cell)
         ticks = Ticks(progress, work, len(train), cell.batch_size)
         entry = train_epoch(model, cell, epoch, train, ticks)
@@ -59,15 +58,15 @@ def run(cell, rows, folder, progress):
         "examples": {split: len(part) for split, part in rows.items()},
         "weights": count_weights(model),
         **{
-            clock: round(sum(epoch[clock] for epoch in journal.epochs), 2)
+            clock: round(sum(epoch[clock] for epoch in journal.entries), 2)
             for clock in ("seconds", "cpu_seconds")
         },
-        "diverged": not math.isfinite(journal.epochs[-1]["loss"]),
+        "diverged": not math.isfinite(journal.entries[-1]["loss"]),
         "scores": {
             split: networks.scores(examples, mean_only=split == "selection")
             for split, examples in data.items()
         },
-        "epochs": journal.epochs,
+        "epochs": journal.entries,
         "versions": versions(),
         "machine": machine(model),
     }
@@ -195,48 +194,6 @@ class Networks:
         METHODS["lora-dropout"].enable(model, self._cell, None)
         model.set_weights(self._model.get_weights())
         return "test_dropout", model
-
-
-class Journal:
-    """Keeps what the epochs gave, and the weights after the last of them.
-
-    Args:
-        model: The compiled model; it gets the weights of an interrupted run.
-        folder: Path of the run's own folder.
-
-    Attributes:
-        epochs: List of dictionaries: `loss`, the objective on the training
-            examples, `seconds` without evaluation, `cpu_seconds` of all cores
-            together, and `scores`, if wanted.
-    """
-
-    def __init__(self, model, folder):
-        self._model, self._folder = model, folder
-        self._path = folder / "epochs.json"
-        self._saved = time.monotonic()
-        self.epochs = []
-        if self._path.exists():
-            self.epochs = json.loads(self._path.read_text())
-            model.optimizer.build(model.trainable_variables)
-            model.load_weights(self._weights(len(self.epochs)))
-
-    def add(self, entry):
-        self.epochs.append(entry)
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self._save()
-
-    def _save(self):
-        count = len(self.epochs)
-        self._model.save_weights(self._weights(count))
-        # From here on a run that starts anew finds this epoch's weights.
-        write_atomically(self._path, json.dumps(self.epochs).encode())
-        for path in self._folder.glob("*.weights.h5"):
-            if path != self._weights(count):
-                path.unlink()
-        self._saved = time.monotonic()
-
-    def _weights(self, count):
-        return self._folder / f"after-{count}.weights.h5"
 
 
 def training_cost(cell):
