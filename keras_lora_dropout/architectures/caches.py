@@ -16,15 +16,15 @@ def cache_line(model):
 
     Returns:
         Tuple of integers: bytes that one row takes whatever its length, and
-        bytes that each of its tokens takes. `None` for a model whose cache
-        depends on more than the tokens, such as images.
+        bytes that each of its tokens takes. Both are 0, unknown, of a model
+        whose cache depends on more than the tokens, such as images.
     """
     # Private, since nothing public tells the size before it is allocated.
     build = getattr(model, "_build_cache", None)
     if build is None or list(inspect.signature(build).parameters) != [
         "token_ids"
     ]:
-        return None
+        return 0, 0
     two, three = (_bytes_of(build, tokens) for tokens in (2, 3))
     return 3 * two - 2 * three, three - two
 

@@ -216,7 +216,6 @@ class _EnsembleState:
 
     def __init__(self, random_source):
         self.random = random_source
-        self.knows_cache = False
         self.cache_line = None
         self._functions = {}
 

@@ -155,14 +155,12 @@ class Generation:
     def _check_cache(self, rows, length, count):
         """Raise `ValueError` if the caches of all instances cannot fit."""
         state = self._ensemble_state
-        if not state.knows_cache:
-            state.cache_line, state.knows_cache = cache_line(self), True
-        free = free_memory()
-        if state.cache_line is None or free is None:
-            return
+        if state.cache_line is None:
+            state.cache_line = cache_line(self)
         fixed, each_token = state.cache_line
         one = rows * (fixed + length * each_token)
-        if count * one <= free:
+        free = free_memory()
+        if free is None or count * one <= free:
             return
         raise ValueError(
             f"The caches of num_samples={count} instances need {count * one:,} "
