@@ -9,12 +9,32 @@ Reference: [H], Wang et al., "LoRA Meets Dropout under a Unified Framework",
 dimensions, rows are queries and positions.
 """
 
+import contextlib
+import threading
+
 import keras
 from keras import ops
 
 from keras_lora_dropout.core.masks import draw_uniform
 
 PATTERNS = ("element", "column", "span")
+_state = threading.local()
+
+
+@contextlib.contextmanager
+def use_structured_dropout(active=True):
+    """Let the layers called inside drop, or not; outside, none does."""
+    outer = is_active()
+    _state.active = active
+    try:
+        yield
+    finally:
+        _state.active = outer
+
+
+def is_active():
+    """Whether layers with structured dropout drop now."""
+    return getattr(_state, "active", False)
 
 
 def draw_keys(shape, valid, rate, pattern, seed):
