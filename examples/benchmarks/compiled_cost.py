@@ -106,16 +106,23 @@ def main():
             rows[key] = cost_of(workload, key)
             counts = (f"{rows[key][c]:12.1f} {COLUMNS[c]}" for c in COLUMNS)
             print(f"{contenders.KERAS[key].label:44}", *counts, flush=True)
-    write(pathlib.Path(options.output), results)
+    path = pathlib.Path(options.output) / "compiled_cost.json"
+    write(path, results, markdown(results))
 
 
-def write(folder, results):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "compiled_cost.json"
+def write(path, results, lines):
+    """Write results as JSON, and the lines of their page beside them.
+
+    Args:
+        path: Path of the JSON file.
+        results: Dict.
+        lines: Iterable of strings.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    table = folder / "compiled_cost.md"
-    table.write_text("\n".join(markdown(results)) + "\n")
-    print(f"Written: {path}, {table}")
+    page = path.with_suffix(".md")
+    page.write_text("\n".join(lines) + "\n")
+    print(f"Written: {path}, {page}")
 
 
 def markdown(results):

@@ -12,7 +12,6 @@ for an accelerator, which need not be there; `libtpu` is the compiler.
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -28,6 +27,7 @@ import keras
 import keras_side
 import numpy as np
 from compiled_cost import training_cost
+from compiled_cost import write
 from jax.experimental import topologies
 from workloads import SHAPES
 from workloads import Workload
@@ -192,16 +192,8 @@ def main():
                 for part in (*PARTS, "gflop")
             }
             print(key, results["extrapolated"][key], flush=True)
-    write(pathlib.Path(options.output), results)
-
-
-def write(folder, results):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "llama_memory.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    table = folder / "llama_memory.md"
-    table.write_text("\n".join(markdown(results)) + "\n")
-    print(f"Written: {path}, {table}")
+    path = pathlib.Path(options.output) / "llama_memory.json"
+    write(path, results, markdown(results))
 
 
 def markdown(results):

@@ -226,8 +226,6 @@ def parse_arguments(arguments=None):
     )
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--data-dir", help="folder of JSON Lines")
-    add("--output", default="demo-output/paper", help="folder of all results")
     add("--report", action="store_true", help="of the results there are")
     add("--name", default="lora-dropout", help="of the run, a folder")
     add("--epochs", type=count, default=3)
@@ -239,7 +237,6 @@ def parse_arguments(arguments=None):
     add("--packed", action="store_true", help="several examples in a row")
     add("--train-examples", type=count, help="default: all")
     add("--held-out", type=count, default=256, help="examples")
-    add("--smoke", action="store_true", help="for tests: a few examples")
     return parser.parse_args(arguments)
 
 

@@ -14,8 +14,11 @@ from keras_lora_dropout import enable_lora_dropout
 
 
 def add_model_arguments(parser):
-    """Let a command choose a model and its adapters."""
+    """Let a command choose data, a model and its adapters."""
     add = parser.add_argument
+    add("--data-dir", help="folder of JSON Lines")
+    add("--output", default="demo-output/paper", help="folder of all results")
+    add("--smoke", action="store_true", help="for tests: few rows")
     add(
         "--preset",
         default="llama2_7b_en",

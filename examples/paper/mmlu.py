@@ -194,14 +194,11 @@ def parse_arguments(arguments=None):
     )
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--data-dir", required=True, help="folder of JSON Lines")
-    add("--output", default="demo-output/paper", help="folder of all results")
     add("--shots", nargs="+", type=natural, default=[0, 5])
     add("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     add("--subjects", nargs="+", choices=sorted(GROUP_OF), help="default: all")
     add("--max-length", type=count, default=2048, help="tokens of a prompt")
     add("--batch-size", type=count, default=8)
-    add("--smoke", action="store_true", help="for tests: two of each subject")
     return parser.parse_args(arguments)
 
 
