@@ -327,6 +327,8 @@ def test_lean_attention_takes_quantized_layers(mode):
             base, rank=2, seed=0, num_samples=3, optimize=optimize
         )
         randomize(model)
+        # Four programs of integers compile for longer than they run eagerly.
+        model.compile(run_eagerly=True)
         # Many examples of each instance, and one, which it multiplies anew.
         outputs.append(
             [
