@@ -2,9 +2,9 @@
 
 Builds one, two and three blocks of Llama2-7B's own width, compiles the training
 step on JAX and runs nothing. Blocks are alike, so the line through the three
-leads to all 32. Temporaries, activations among them, depend on the device: on a
-processor, XLA holds a float32 copy of each kernel. With `--tpu v5p` it compiles
-for an accelerator, which need not be there; `libtpu` is the compiler.
+leads to all 32. Temporaries, activations among them, depend on the device: XLA
+wants ten times as many for a processor (bfloat16, N = 1). With `--tpu v5p` it
+compiles for an accelerator, which need not be there; `libtpu` is the compiler.
 
     pip install libtpu
     KERAS_BACKEND=jax python examples/benchmarks/llama_memory.py --tpu v5p

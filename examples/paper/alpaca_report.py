@@ -8,9 +8,10 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 from figures import line
+from figures import save
 from report import markdown
+from report import spread
 
-from keras_lora_dropout.storage.atomic import replacing
 from keras_lora_dropout.storage.atomic import write_atomically
 
 HEADS = (
@@ -43,10 +44,7 @@ def write(folder):
             f"No run in {folder} has finished an epoch. Run it without "
             "--report, or pass the --output of the runs."
         )
-    figure = draw(groups)
-    with replacing(folder / "alpaca.png") as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    save(draw(groups), folder / "alpaca.png")
     rows = [row_of(name, runs) for name, runs in groups.items()]
     table = markdown(HEADS, rows) + "\n"
     write_atomically(folder / "alpaca.md", table.encode())
@@ -84,20 +82,14 @@ def row_of(name, runs):
         f"{settings['dropout_rate']:g}",
         str(settings["num_samples"]),
         str(len(runs)),
-        spread(mean[:, 0]),
-        spread(mean[:, 1:].min(1)),
-        spread(mean[:, -1]),
-        spread(ensemble[:, 1:].min(1)),
-        spread(ensemble[:, -1]),
-        spread(loss),
+        spread(mean[:, 0], 2),
+        spread(mean[:, 1:].min(1), 2),
+        spread(mean[:, -1], 2),
+        spread(ensemble[:, 1:].min(1), 2),
+        spread(ensemble[:, -1], 2),
+        spread(loss, 2),
         f"{np.median(seconds):.0f}",
     ]
-
-
-def spread(values):
-    """Mean and standard deviation (of a sample), as they are written."""
-    text = f"{np.mean(values):.2f}"
-    return f"{text} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else text
 
 
 def perplexities(runs, network):

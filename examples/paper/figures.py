@@ -23,7 +23,11 @@ def draw(name, summaries, path):
     """
     # MNLI has two evaluation splits; the paper shows the first.
     shown = [s for s in summaries if s.split == TASKS[s.task].splits[0]]
-    figure = DRAWN[name](shown)
+    save(DRAWN[name](shown), path)
+
+
+def save(figure, path):
+    """Write a figure as a PNG file, all at once, and close it."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)

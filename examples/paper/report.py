@@ -199,12 +199,16 @@ def _main(summary):
 
 
 def _number(name, values):
-    """Mean and standard deviation (of a sample), as they are written."""
     factor, digits = (100, 1) if name in PERCENT else (1, 3)
-    text = f"{factor * np.mean(values):.{digits}f}"
+    return spread(factor * np.array(values), digits)
+
+
+def spread(values, digits):
+    """Mean and standard deviation (of a sample), as they are written."""
+    text = f"{np.mean(values):.{digits}f}"
     if len(values) < 2:
         return text
-    return f"{text} ± {factor * np.std(values, ddof=1):.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def markdown(heads, rows):
