@@ -2,6 +2,10 @@
 
 from keras_lora_dropout.callbacks import EnsembleEvaluation
 from keras_lora_dropout.conversion.enable import enable_lora_dropout
+from keras_lora_dropout.conversion.enable_transformer_dropout import (
+    enable_transformer_dropout,
+)
+from keras_lora_dropout.conversion.enable_transformer_dropout import hidden_key
 from keras_lora_dropout.conversion.import_peft import import_peft
 from keras_lora_dropout.conversion.lora_dropout_model import LoRADropoutModel
 from keras_lora_dropout.conversion.unmerging import unmerge_adapters
@@ -10,9 +14,13 @@ from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutDense
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutEinsumDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutEinsumDense
+from keras_lora_dropout.layers.transformer_dropout import DropAttention
+from keras_lora_dropout.layers.transformer_dropout import DropKey
+from keras_lora_dropout.layers.transformer_dropout import HiddenCut
 from keras_lora_dropout.metrics import BrierScore
 from keras_lora_dropout.metrics import ExpectedCalibrationError
 from keras_lora_dropout.question_answering.extractive_qa import ExtractiveQA
+from keras_lora_dropout.training.consistency import Consistency
 
 __version__ = "0.1.0"
 
@@ -20,14 +28,20 @@ __all__ = [
     "AdaLoRADropoutDense",
     "AdaLoRADropoutEinsumDense",
     "BrierScore",
+    "Consistency",
+    "DropAttention",
+    "DropKey",
     "EnsembleEvaluation",
     "ExpectedCalibrationError",
     "ExtractiveQA",
+    "HiddenCut",
     "LoRADropoutDense",
     "LoRADropoutEinsumDense",
     "LoRADropoutModel",
     "RankBudget",
     "enable_lora_dropout",
+    "enable_transformer_dropout",
+    "hidden_key",
     "import_peft",
     "unmerge_adapters",
 ]

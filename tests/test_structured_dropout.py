@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
+from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import structured_dropout as sd
 
 settings.register_profile("ours", deadline=None, derandomize=True)
@@ -39,10 +40,13 @@ def valid_of(kind):
 KINDS = [None, "padding", "left padding", "causal"]
 
 
+def uniform_of(seed):
+    generator = keras.random.SeedGenerator(seed)
+    return lambda shape: masks.draw_uniform(shape, generator)
+
+
 def drawn(rate, pattern, kind, seed=0, shape=(ROWS, HEADS, QUERIES, KEYS)):
-    keep = sd.draw_keys(
-        shape, valid_of(kind), rate, pattern, keras.random.SeedGenerator(seed)
-    )
+    keep = sd.draw_keys(shape, valid_of(kind), rate, pattern, uniform_of(seed))
     return np.broadcast_to(ops.convert_to_numpy(keep), shape)
 
 
@@ -277,8 +281,8 @@ def test_no_nan_with_one_key_at_a_high_rate(size):
 def test_hidden_cut(pattern, rescale):
     rows, positions, features = 400, 10, 6
     hidden = np.ones((rows, positions, features), "float32")
-    seed = keras.random.SeedGenerator(0)
-    cut = array(sd.cut_hidden(hidden, 0.25, pattern, rescale, seed))
+    uniform = uniform_of(0)
+    cut = array(sd.cut_hidden(hidden, 0.25, pattern, rescale, uniform))
     kept = cut != 0
     assert_close(cut[kept], 1 / 0.75 if rescale else 1.0)
     deviation = {"element": 1 / 60, "column": 1 / 6, "span": 1 / 10}[pattern]
@@ -301,7 +305,7 @@ def test_hidden_cut(pattern, rescale):
 
 def test_hidden_cut_keeps_the_dtype():
     hidden = ops.ones((2, 3, 4), "bfloat16")
-    cut = sd.cut_hidden(hidden, 0.5, "element", True, 0)
+    cut = sd.cut_hidden(hidden, 0.5, "element", True, uniform_of(0))
     assert keras.backend.standardize_dtype(cut.dtype) == "bfloat16"
-    whole = sd.cut_hidden(scores_of()[0], 0.0, "span", True, 0)
+    whole = sd.cut_hidden(scores_of()[0], 0.0, "span", True, uniform_of(0))
     assert_close(whole, scores_of()[0])

@@ -8,9 +8,9 @@ from keras import ops
 from keras_hub import models
 
 from keras_lora_dropout import enable_lora_dropout
-from keras_lora_dropout.architectures import attention_softmax
+from keras_lora_dropout import enable_transformer_dropout
+from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import structured_dropout as sd
-from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.layers import transformer_dropout as td
 
 SIZES = {"vocabulary_size": 20, "num_layers": 2, "hidden_dim": 16}
@@ -50,29 +50,25 @@ def inputs_of(name):
 
 
 def dropping(name, attention=None, hidden=None):
-    """A backbone with LoRA whose blocks drop, and its softmax layers."""
+    """A backbone with LoRA whose blocks drop."""
     keras.utils.set_random_seed(0)
     backbone = BUILDERS[name]()
     enable_lora_dropout(backbone, rank=2, dropout_rate=0.0)
-    layers = list(descendants(backbone))
-    softmaxes = []
-    for layer in layers:
-        softmax = attention_softmax.softmax_of(layer)
-        if softmax is not None and attention is not None:
-            assert attention_softmax.is_known(layer)
-            attention_softmax.unfuse(layer)
-            td.add_attention_dropout(softmax, attention, 1)
-            softmaxes.append(softmax)
-        last = "feedforward_output_dense", "ffw_linear"
-        if layer.name in last and hidden is not None:
-            td.add_hidden_dropout(layer, hidden, 2)
-    return backbone, softmaxes
+    return enable_transformer_dropout(
+        backbone, attention=attention, hidden=hidden, blocks="all"
+    )
+
+
+def dropping_pass(backbone, seed=0):
+    """Context of one pass of a backbone in which its blocks drop."""
+    state = keras.random.SeedGenerator(seed).next()
+    dropout = sd.DropoutDraws(state)
+    return masks.use_draws(masks.Draws(backbone.mask_plan, dropout=dropout))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_rate_of_zero_changes_nothing(name):
-    backbone, softmaxes = dropping(name, td.DropKey(0.0), td.HiddenCut(0.0))
-    assert len(softmaxes) == 2
+    backbone = dropping(name, td.DropKey(0.0), td.HiddenCut(0.0))
     x, calls = inputs_of(name), []
 
     def outputs():
@@ -88,7 +84,7 @@ def test_a_rate_of_zero_changes_nothing(name):
         )
         assert_close(outputs(), before, 0)
         assert not calls
-        with sd.use_structured_dropout():
+        with dropping_pass(backbone):
             assert_close(outputs(), before, 1e-6)
     assert len(calls) == 2
 
@@ -96,7 +92,7 @@ def test_a_rate_of_zero_changes_nothing(name):
 @pytest.mark.parametrize("position", [td.DropKey, td.DropAttention])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_masks_of_padding_and_of_the_future_are_respected(name, position):
-    backbone, _ = dropping(name, position(0.7))
+    backbone = dropping(name, position(0.7))
     seen = []
     original = sd.draw_keys
 
@@ -107,7 +103,7 @@ def test_masks_of_padding_and_of_the_future_are_respected(name, position):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sd, "draw_keys", recorded)
-        with sd.use_structured_dropout():
+        with dropping_pass(backbone):
             outputs = backbone(inputs_of(name), training=False)
     for leaf in keras.tree.flatten(outputs):
         assert np.isfinite(ops.convert_to_numpy(leaf)).all()
@@ -137,8 +133,8 @@ def test_masks_of_padding_and_of_the_future_are_respected(name, position):
     ids=["attention", "hidden"],
 )
 @pytest.mark.parametrize("name", BUILDERS)
-def test_what_drops_differs_from_call_to_call(name, more):
-    backbone, _ = dropping(name, **more)
+def test_what_drops_differs_from_pass_to_pass(name, more):
+    backbone = dropping(name, **more)
 
     def outputs():
         y = backbone(inputs_of(name), training=False)
@@ -146,10 +142,12 @@ def test_what_drops_differs_from_call_to_call(name, more):
         return ops.convert_to_numpy(y)[0]
 
     before = outputs()
-    with sd.use_structured_dropout():
-        first, second = outputs(), outputs()
-        with sd.use_structured_dropout(False):
-            assert_close(outputs(), before, 0)
+    with dropping_pass(backbone, 0):
+        first = outputs()
+        assert_close(outputs(), first, 0)
+    with dropping_pass(backbone, 1):
+        second = outputs()
+    assert_close(outputs(), before, 0)
     assert np.abs(first - before).max() > 1e-3
     assert np.abs(first - second).max() > 1e-3
 

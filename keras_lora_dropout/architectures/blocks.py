@@ -69,11 +69,11 @@ def head_layers(model):
             for layer in sublayers(model)
             if id(layer) not in inside and layer is not model
         ]
-    return _output_layers(model)
+    return output_layers(model)
 
 
-def _output_layers(model):
-    """Return the layers that produce a plain model's outputs."""
+def output_layers(model):
+    """Return the layers with weights that produce a model's outputs."""
     outputs = getattr(model, "outputs", None)
     if outputs:
         found = {}
@@ -86,7 +86,7 @@ def _output_layers(model):
     heads = []
     for layer in producers:
         if isinstance(layer, keras.Model):
-            heads.extend(_output_layers(layer))
+            heads.extend(output_layers(layer))
         elif not any(part.weights for part in sublayers(layer)):
             heads.append(layer)
     return heads

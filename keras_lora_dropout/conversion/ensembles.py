@@ -8,9 +8,9 @@ import numpy as np
 
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.probabilities import output_links
 from keras_lora_dropout.inference.ensemble import EnsembleRequest
 from keras_lora_dropout.inference.ensemble import ensemble_draws
-from keras_lora_dropout.inference.probabilities import output_links
 
 # What Keras, and KerasHub's generating models, compile once and keep.
 COMPILED_FUNCTIONS = ("predict_function", "test_function", "generate_function")
@@ -37,6 +37,7 @@ class EnsembleMethods:
         seed=None,
         average="output",
         return_samples=False,
+        include_transformer_dropout=False,
         verbose="auto",
         steps=None,
         callbacks=None,
@@ -65,6 +66,9 @@ class EnsembleMethods:
                 probabilities.
             return_samples: Boolean. Whether to return the N outputs instead
                 of their mean.
+            include_transformer_dropout: Boolean. Whether each instance also
+                drops what `enable_transformer_dropout` says; all examples of
+                an instance drop the same places, so of the same length.
             verbose, steps, callbacks: As in `predict`.
 
         Returns:
@@ -72,11 +76,14 @@ class EnsembleMethods:
             `num_samples` if `return_samples`.
 
         Raises:
-            ValueError: If `x` is empty or an argument is out of range.
+            ValueError: If `x` is empty, if an argument is out of range, or if
+                the model has no transformer dropout to include.
         """
         validation.not_empty("x", x)
         validation.boolean("return_samples", return_samples)
-        request = self._ensemble_request(num_samples, average, return_samples)
+        request = self._ensemble_request(
+            num_samples, average, return_samples, include_transformer_dropout
+        )
         with self._as_ensemble(request, seed):
             outputs = self.predict(
                 x,
@@ -101,6 +108,7 @@ class EnsembleMethods:
         num_samples=None,
         seed=None,
         average="output",
+        include_transformer_dropout=False,
         verbose="auto",
         steps=None,
         callbacks=None,
@@ -113,16 +121,19 @@ class EnsembleMethods:
             num_samples, seed, average: As in `ensemble_predict`. Averaged
                 probabilities of a model with logits are turned back into
                 logits, so that its loss and metrics keep their meaning.
+            include_transformer_dropout: As in `ensemble_predict`.
             verbose, steps, callbacks, return_dict: As in `evaluate`.
 
         Returns:
             As `evaluate`.
 
         Raises:
-            ValueError: If `x` is empty or an argument is out of range.
+            ValueError: As `ensemble_predict`.
         """
         validation.not_empty("x", x)
-        request = self._ensemble_request(num_samples, average)
+        request = self._ensemble_request(
+            num_samples, average, drops=include_transformer_dropout
+        )
         request = dataclasses.replace(request, as_outputs=True)
         with self._as_ensemble(request, seed):
             return self.evaluate(
@@ -136,13 +147,18 @@ class EnsembleMethods:
                 return_dict=return_dict,
             )
 
-    def _ensemble_request(self, num_samples, average, return_samples=False):
+    def _ensemble_request(
+        self, num_samples, average, return_samples=False, drops=False
+    ):
         if num_samples is None:
             num_samples = self.lora_dropout.num_samples
         validation.word("average", average, validation.AVERAGES)
+        if validation.boolean("include_transformer_dropout", drops):
+            self._check_has_transformer_dropout("include_transformer_dropout")
         return EnsembleRequest(
             num_samples=validation.positive_integer("num_samples", num_samples),
             return_samples=return_samples,
+            drops=drops,
             links=output_links(self) if average == "probability" else None,
         )
 

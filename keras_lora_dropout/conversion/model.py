@@ -18,15 +18,20 @@ from keras_lora_dropout.conversion.peft_exchange import PeftExchange
 from keras_lora_dropout.conversion.run_callbacks import with_run_callbacks
 from keras_lora_dropout.conversion.saving import Saving
 from keras_lora_dropout.conversion.targets import layer_paths
+from keras_lora_dropout.conversion.transformer_dropout import (
+    TransformerDropping,
+)
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import Unquantizable
+from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.inference.ensemble import ensemble_outputs
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import plain_class
+from keras_lora_dropout.layers.transformer_dropout import drops
 from keras_lora_dropout.training.backend import NSampleTrainStep
 from keras_lora_dropout.training.backend import state_kept
 
@@ -67,6 +72,7 @@ class AdaptedModel(
     AdaptiveRank,
     Generation,
     EnsembleMethods,
+    TransformerDropping,
     NSampleTrainStep,
     Unquantizable,
 ):
@@ -127,12 +133,10 @@ class AdaptedModel(
         given = masks.current_draws() is not None or self._request is not None
         if plan is None or given:
             return None
-        values = None
-        if kwargs.get("training"):
-            values = masks.draw_uniform(
-                (1, plan.width), self.mask_seed_generator
-            )
-        return masks.Draws(plan, values)
+        if not kwargs.get("training"):
+            return masks.Draws(plan)
+        values = masks.draw_uniform((1, plan.width), self.mask_seed_generator)
+        return masks.Draws(plan, values, dropout=self.next_dropout())
 
     @property
     def adapted_layers(self):
@@ -169,7 +173,9 @@ class AdaptedModel(
             self._mask_plan = None
             layers = [layer for _, layer in self.adapted_layers]
             if layers and all(layer.built for layer in layers):
-                self._mask_plan = masks.MaskPlan(layers, may_share=shares)
+                self._mask_plan = masks.MaskPlan(
+                    layers, shares, filter(drops, descendants(self))
+                )
                 if shares:
                     shared_prefix.install(self, self._mask_plan)
                 else:

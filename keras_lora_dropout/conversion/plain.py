@@ -12,6 +12,8 @@ from keras_lora_dropout.conversion.trainable import set_trainable_flags
 from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import forget_attributes
+from keras_lora_dropout.core.mixed_classes import has_mixin
+from keras_lora_dropout.core.mixed_classes import unmixed
 from keras_lora_dropout.layers.adapt import unadapt
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import plain_class
@@ -35,6 +37,7 @@ ATTRIBUTES = (
     "_request",
     "_generation",
     "_adapters_disabled",
+    "_transformer_dropout_disabled",
 )
 
 
@@ -96,8 +99,11 @@ def as_plain(model, layers=True):
     For the duration, classes and recipes are those of the plain model; weights
     are untouched.
     """
+    mixed = [
+        (layer, type(layer)) for layer in descendants(model) if has_mixin(layer)
+    ]
     adapted = [
-        (layer, type(layer), layer.lora_rank)
+        (layer, unmixed(type(layer)), layer.lora_rank)
         for layer in descendants(model)
         if layers and isinstance(layer, LoRADropoutAdapter)
     ]
@@ -105,6 +111,8 @@ def as_plain(model, layers=True):
     adapted_class = type(model)
     with unguarded(model):
         try:
+            for layer, cls in mixed:
+                layer.__class__ = unmixed(cls)
             make_stock(model)
             for layer, cls, _ in adapted:
                 layer.__class__ = plain_class(cls)
@@ -118,6 +126,8 @@ def as_plain(model, layers=True):
                 layer.lora_rank = rank
             if optimized:
                 make_lean(model)
+            for layer, cls in mixed:
+                layer.__class__ = cls
 
 
 def strip(model):
@@ -130,6 +140,7 @@ def strip(model):
     model._forget_compiled_state()
     unguard_containers(model)
     model._replace_allocation(None, None)
+    model._drop_transformer_dropout()
     make_stock(model)
     shared_prefix.uninstall(model)
     for layer in list(descendants(model)):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from keras_lora_dropout.conversion import adapter_state
+from keras_lora_dropout.conversion import transformer_dropout
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.trainable import set_trainable_flags
 from keras_lora_dropout.conversion.trainable import trainable_flags
@@ -16,6 +17,9 @@ def recipe_of(model):
     return {
         "sampling": dataclasses.asdict(model.lora_dropout),
         "optimize": model._optimized,
+        "transformer_dropout": transformer_dropout.as_data(
+            model.transformer_dropout
+        ),
         "active": model.active_adapter,
         "adapter": adapter_state.settings_of(model),
         "inactive": {
@@ -50,6 +54,9 @@ def restore(model, recipe):
         name: adapter_state.empty(settings)
         for name, settings in recipe["inactive"].items()
     }
+    # Files of the first releases say nothing of it.
+    data = recipe.get("transformer_dropout")
+    model._put_transformer_dropout(transformer_dropout.from_data(data))
     set_trainable_flags(model, recipe["trainable"])
 
 
@@ -99,8 +106,14 @@ def with_paths_of(model, recipe):
             ]
         return new
 
+    dropout = recipe.get("transformer_dropout")
+    if dropout:
+        names = "attention_layers", "hidden_layers"
+        moved = {name: [path[old] for old in dropout[name]] for name in names}
+        dropout = {**dropout, **moved}
     return {
         **recipe,
+        "transformer_dropout": dropout,
         "adapter": adapter(recipe["adapter"]),
         "inactive": {n: adapter(s) for n, s in recipe["inactive"].items()},
         "trainable": by_path(recipe["trainable"]),

@@ -167,6 +167,7 @@ def forget_attributes(layer, names):
                 forget_weights(layer, [value])
             elif isinstance(value, keras.random.SeedGenerator):
                 forget_weights(layer, [value.state])
+            if isinstance(value, keras.random.SeedGenerator | keras.Metric):
                 _private(layer, "_tracker").untrack(value)
             # On TensorFlow, exports walk the collections that a layer has.
             collections = getattr(layer, "_tracked", [])

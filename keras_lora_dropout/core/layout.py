@@ -16,6 +16,7 @@ from keras_lora_dropout.core.instances import tile
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.masks import Draws
 from keras_lora_dropout.core.masks import use_draws
+from keras_lora_dropout.core.structured_dropout import DropoutDraws
 
 # A batch size that no axis of a real model is a multiple of by accident.
 _PROBE_ROWS = 1009
@@ -142,7 +143,8 @@ def _infer(
         spread = contextlib.nullcontext()
         if spreads_prefix:
             spread = shared_prefix.spread(plan, num_instances, given_rows)
-        with state(), use_draws(Draws(plan, values, rows)), spread:
+        draws = Draws(plan, values, rows, dropout=_dropout_of(model))
+        with state(), use_draws(draws), spread:
             outputs = forward(x)
         split(outputs, num_instances, rows)
         return outputs
@@ -150,6 +152,14 @@ def _infer(
     _Forward(checked).compute_output_spec(
         [symbolic(leaves[place]) for place in places]
     )
+
+
+def _dropout_of(model):
+    """Let what may drop be traced as if it did."""
+    if not model.mask_plan.dropping:
+        return None
+    dtype = model.mask_seed_generator.state.dtype
+    return DropoutDraws(ops.zeros((2,), dtype))
 
 
 def _has_numbers(tensor):

@@ -8,6 +8,7 @@ the same masks, and nothing is stored on a layer that a tracer could leak from.
 """
 
 import contextlib
+import copy
 import functools
 import threading
 
@@ -36,6 +37,16 @@ class FixedSeedGenerator(keras.random.SeedGenerator):
         self.state.assign(ops.convert_to_tensor([seed, 0], self.state.dtype))
 
 
+class GivenSeed(keras.random.SeedGenerator):
+    """A seed generator around a tensor, the state of another one."""
+
+    def __init__(self, state):
+        self._given = state  # No variable, unlike those of Keras.
+
+    def next(self, ordered=True):
+        return self._given
+
+
 class MaskPlan:
     """Which columns of a model's draws belong to which adapted layer.
 
@@ -43,10 +54,13 @@ class MaskPlan:
         layers: The adapted layers, in forward order.
         may_share: Boolean. Whether instances may share what lies before the
             first of them.
+        dropping: The layers with structured dropout, which instances do not
+            share while it is active either.
     """
 
-    def __init__(self, layers, may_share=True):
+    def __init__(self, layers, may_share=True, dropping=()):
         self.may_share = may_share
+        self.dropping = frozenset(map(id, dropping))
         self.columns = {}
         self.width = 0
         for layer in layers:
@@ -61,15 +75,21 @@ class MaskPlan:
         self.layout_checked = False
 
     def touches(self, operation):
-        """Whether an operation is an adapted layer, or contains one."""
+        """Whether each instance has an operation for itself.
+
+        So it is for an adapted layer, for one with structured dropout while
+        that is active, and for whatever contains such a layer.
+        """
         if id(operation) not in self._touched:
             inside = [operation]
             if isinstance(operation, keras.Layer):
                 inside += descendants(operation)
-            self._touched[id(operation)] = any(
-                id(layer) in self.columns for layer in inside
+            self._touched[id(operation)] = (
+                any(id(layer) in self.columns for layer in inside),
+                any(id(layer) in self.dropping for layer in inside),
             )
-        return self._touched[id(operation)]
+        is_adapted, drops = self._touched[id(operation)]
+        return is_adapted or (drops and current_dropout() is not None)
 
 
 class Draws:
@@ -85,6 +105,8 @@ class Draws:
             that all groups share; its output has one of `groups` then.
         in_parts: Boolean. Whether a layer with masks then returns its output
             in parts instead, not multiplied out (`factors.shared_parts`).
+        dropout: `structured_dropout.DropoutDraws`, or `None` if no layer drops
+            in structured ways.
     """
 
     def __init__(
@@ -94,12 +116,14 @@ class Draws:
         rows=None,
         inputs_shared=False,
         in_parts=False,
+        dropout=None,
     ):
         self.plan = plan
         self.values = values
         self.rows = rows
         self.inputs_shared = inputs_shared
         self.in_parts = in_parts
+        self.dropout = dropout
 
     @property
     def groups(self):
@@ -155,13 +179,8 @@ def shared_inputs(in_parts=False):
     if draws is None:
         yield
         return
-    shared = Draws(
-        draws.plan,
-        draws.values,
-        draws.rows,
-        inputs_shared=True,
-        in_parts=in_parts,
-    )
+    shared = copy.copy(draws)
+    shared.inputs_shared, shared.in_parts = True, in_parts
     with use_draws(shared):
         yield
 
@@ -180,6 +199,12 @@ def with_draws(draws, function):
 def current_draws():
     """Return the active `Draws`, or `None` outside every `use_draws`."""
     return getattr(_state, "draws", None)
+
+
+def current_dropout():
+    """Return the active `DropoutDraws`, or `None` where no layer drops."""
+    draws = current_draws()
+    return None if draws is None else draws.dropout
 
 
 def draw_uniform(shape, seed):

@@ -72,20 +72,22 @@ def keep(plan, for_gradients):
     return _walking(_Keep(plan, for_gradients))
 
 
-def kept_by(plan, forward, for_gradients):
+def kept_by(plan, forward, for_gradients, dropout=None):
     """Run what all passes share, before the first of them.
 
     Args:
         plan: The model's `MaskPlan`.
         forward: Function without arguments that calls the model.
         for_gradients: As in `keep`.
+        dropout: What the passes have as `Draws.dropout`, any of them.
 
     Returns:
         What `reuse` takes; `None` if nothing can be kept.
     """
     if not plan.keeps_prefix:
         return None
-    with use_draws(Draws(plan)), keep(plan, for_gradients) as kept:
+    draws = Draws(plan, dropout=dropout)
+    with use_draws(draws), keep(plan, for_gradients) as kept:
         forward()
     return kept
 

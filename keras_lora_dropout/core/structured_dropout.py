@@ -9,35 +9,61 @@ Reference: [H], Wang et al., "LoRA Meets Dropout under a Unified Framework",
 dimensions, rows are queries and positions.
 """
 
-import contextlib
-import threading
-
 import keras
 from keras import ops
 
+from keras_lora_dropout.core.masks import GivenSeed
 from keras_lora_dropout.core.masks import draw_uniform
 
 PATTERNS = ("element", "column", "span")
-_state = threading.local()
+# Odd, so that no two layers have the same: 2 ** 32 over the golden ratio.
+_STREAM = 0x9E3779B1
 
 
-@contextlib.contextmanager
-def use_structured_dropout(active=True):
-    """Let the layers called inside drop, or not; outside, none does."""
-    outer = is_active()
-    _state.active = active
-    try:
-        yield
-    finally:
-        _state.active = outer
+class DropoutDraws:
+    """What layers with structured dropout draw in one forward pass.
+
+    A layer that is computed again by gradient checkpointing draws the same.
+
+    Args:
+        seed: Tensor, the state of a `SeedGenerator`.
+        num_instances: `None`: each row of the batch draws for itself. An
+            integer N: the batch consists of N blocks of rows, one for each
+            instance of an ensemble, and the rows of a block are alike.
+        instance: `None`, or which of the N instances the whole batch is.
+    """
+
+    def __init__(self, seed, num_instances=None, instance=None):
+        self.seed = seed
+        self.num_instances = num_instances
+        self.instance = instance
+
+    def only(self, instance):
+        """Return what one of the N instances draws."""
+        return DropoutDraws(self.seed, self.num_instances, instance)
+
+    def uniform(self, shape, stream):
+        """Draw numbers in `[0, 1)`.
+
+        Args:
+            shape: Shape, whose first axis is that of the rows.
+            stream: Integer, another one for each layer.
+
+        Returns:
+            Float32 tensor that broadcasts to `shape`.
+        """
+        offset = [(stream + 1) * _STREAM % 2**31, 0]
+        dtype = keras.backend.standardize_dtype(self.seed.dtype)
+        seed = GivenSeed(self.seed + ops.convert_to_tensor(offset, dtype))
+        if self.num_instances is None:
+            return draw_uniform(shape, seed)
+        values = draw_uniform((self.num_instances, *shape[1:]), seed)
+        if self.instance is not None:
+            return values[self.instance : self.instance + 1]
+        return ops.repeat(values, shape[0] // self.num_instances, axis=0)
 
 
-def is_active():
-    """Whether layers with structured dropout drop now."""
-    return getattr(_state, "active", False)
-
-
-def draw_keys(shape, valid, rate, pattern, seed):
+def draw_keys(shape, valid, rate, pattern, uniform):
     """Draw which keys each query keeps, at least one of those it may see.
 
     Args:
@@ -50,7 +76,8 @@ def draw_keys(shape, valid, rate, pattern, seed):
             for all queries of a head. `"span"`: likewise, one contiguous run
             of the keys that any query may see; a key is dropped with
             probability `rate` on average over the keys.
-        seed: Integer or `SeedGenerator`.
+        uniform: Function of a shape, whose first axis is that of the rows. It
+            draws numbers in `[0, 1)` that broadcast to it.
 
     Returns:
         Boolean tensor that broadcasts to `shape`: False for dropped keys and
@@ -61,11 +88,11 @@ def draw_keys(shape, valid, rate, pattern, seed):
     columns = (*shape[:-2], 1, shape[-1])
     if pattern == "span":
         ranks, count = _ranks_of_keys(valid, shape[-1])
-        keep = _outside_span((*shape[:-2], 1, 1), ranks, count, rate, seed)
+        keep = _outside_span((*shape[:-2], 1, 1), ranks, count, rate, uniform)
         # Any key may stay in place of the last one; this needs no draws.
         order = ops.cast(ops.arange(shape[-1]), "float32")
     else:
-        order = draw_uniform(shape if pattern == "element" else columns, seed)
+        order = uniform(shape if pattern == "element" else columns)
         keep = order >= rate
     return ops.logical_and(_or_the_highest(keep, order, valid), valid)
 
@@ -84,15 +111,15 @@ def _ranks_of_keys(valid, length):
     return ranks, ops.sum(seen, axis=-1, keepdims=True)
 
 
-def _outside_span(shape, ranks, count, rate, seed):
+def _outside_span(shape, ranks, count, rate, uniform):
     """Draw a run of about `rate * count` ranks; True for what is outside.
 
     Its length is one of the two integers next to that, so that the expected
     share of dropped ranks is `rate`.
     """
-    size, place = ops.split(draw_uniform((2, *shape), seed), 2, axis=0)
-    size = ops.floor(rate * count + size[0])
-    start = ops.floor(place[0] * (count - size + 1))
+    drawn = uniform((*shape, 2))
+    size = ops.floor(rate * count + drawn[..., 0])
+    start = ops.floor(drawn[..., 1] * (count - size + 1))
     return ops.logical_or(ranks < start, ranks >= start + size)
 
 
@@ -155,7 +182,7 @@ def _masked(values, keep):
     return ops.where(keep, values, -1e9)
 
 
-def cut_hidden(hidden, rate, pattern, rescale, seed):
+def cut_hidden(hidden, rate, pattern, rescale, uniform):
     """Drop entries of hidden representations: HiddenCut.
 
     Args:
@@ -165,7 +192,7 @@ def cut_hidden(hidden, rate, pattern, rescale, seed):
             `"column"`: whole features of a row. `"span"`: one contiguous run
             of positions of a row, with all their features.
         rescale: Boolean. Whether what stays is divided by `1 - rate`.
-        seed: Integer or `SeedGenerator`.
+        uniform: As in `draw_keys`.
 
     Returns:
         Tensor like `hidden`.
@@ -175,10 +202,10 @@ def cut_hidden(hidden, rate, pattern, rescale, seed):
         ranks = ops.reshape(ops.arange(positions), (1, positions, 1))
         ranks = ops.cast(ranks, "float32")
         count = ops.cast(positions, "float32")
-        keep = _outside_span((rows, 1, 1), ranks, count, rate, seed)
+        keep = _outside_span((rows, 1, 1), ranks, count, rate, uniform)
     else:
         shape = rows, positions if pattern == "element" else 1, features
-        keep = draw_uniform(shape, seed) >= rate
+        keep = uniform(shape) >= rate
     dtype = keras.backend.standardize_dtype(hidden.dtype)
     scale = 1 / (1 - rate) if rescale else 1.0
     return ops.multiply(hidden, ops.cast(ops.where(keep, scale, 0.0), dtype))

@@ -8,8 +8,9 @@ from keras import ops
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import layout
 from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import probabilities
 from keras_lora_dropout.core import shared_prefix
-from keras_lora_dropout.inference import probabilities
+from keras_lora_dropout.core.structured_dropout import DropoutDraws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,14 @@ class EnsembleRequest:
             how it becomes probabilities, which are averaged then.
         as_outputs: Whether averaged probabilities are turned back into what
             the model's own loss expects.
+        drops: Whether structured dropout is part of the instances.
     """
 
     num_samples: int
     return_samples: bool = False
     links: tuple | None = None
     as_outputs: bool = False
+    drops: bool = False
 
 
 def ensemble_draws(model, count):
@@ -62,6 +65,10 @@ def ensemble_outputs(model, call, request, args, kwargs):
     """
     count, plan = request.num_samples, model.mask_plan
     values = ensemble_draws(model, count)
+    dropout = None
+    if request.drops:
+        seed = model.ensemble_seed_generator.next()
+        dropout = DropoutDraws(seed, num_instances=count)
 
     def forward(inputs):
         args, kwargs = inputs
@@ -71,21 +78,23 @@ def ensemble_outputs(model, call, request, args, kwargs):
     if model.lora_dropout.sampling == "parallel" and count > 1:
         layout.check_parallel_layout(model, forward, inputs, count)
         rows = instances.batch_size(inputs) * count
-        with masks.use_draws(masks.Draws(plan, values, rows)):
+        draws = masks.Draws(plan, values, rows, dropout=dropout)
+        with masks.use_draws(draws):
             outputs = layout.run_parallel(model, forward, inputs, count)
         samples = iter(instances.split(outputs, count, rows))
     else:
-        samples = run_in_turn(plan, lambda: forward(inputs), values)
+        samples = run_in_turn(plan, lambda: forward(inputs), values, dropout)
     return combine(samples, request)
 
 
-def run_in_turn(plan, forward, values):
+def run_in_turn(plan, forward, values, dropout=None):
     """Run a model under one mask instance after another.
 
     Args:
         plan: The model's `MaskPlan`.
         forward: Function without arguments that calls the model.
         values: Tensor of shape `(num_instances, plan.width)`, the draws.
+        dropout: `DropoutDraws` of all instances, or `None`.
 
     Yields:
         The outputs of each instance.
@@ -93,9 +102,13 @@ def run_in_turn(plan, forward, values):
     count = values.shape[0]
     kept = None
     if count > 1:
-        kept = shared_prefix.kept_by(plan, forward, for_gradients=False)
+        kept = shared_prefix.kept_by(
+            plan, forward, for_gradients=False, dropout=dropout
+        )
     for n in range(count):
-        draws = masks.Draws(plan, values[n : n + 1])
+        draws = masks.Draws(
+            plan, values[n : n + 1], dropout=dropout and dropout.only(n)
+        )
         with masks.use_draws(draws), shared_prefix.reuse(kept):
             outputs = forward()
         yield outputs

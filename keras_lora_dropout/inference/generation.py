@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import masks
-from keras_lora_dropout.inference import probabilities
+from keras_lora_dropout.core import probabilities
 from keras_lora_dropout.inference.ensemble import ensemble_draws
 
 _MEASURES = ("predictive_entropy", "mutual_information")

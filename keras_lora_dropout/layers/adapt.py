@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core.keras_internals import forget_attributes
+from keras_lora_dropout.core.mixed_classes import mixed_like
 from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import check_linear
@@ -127,7 +128,7 @@ def switch_kind(layer, *, adaptive):
         return
     trains = any(factor.trainable for factor in layer.factors)
     layer.drop_factors()
-    layer.__class__ = wanted
+    layer.__class__ = mixed_like(wanted, type(layer))
     layer._create_factors(layer._axes, ["zeros"] * len(layer.factor_names))
     for factor in layer.factors:
         factor.trainable = trains

@@ -7,12 +7,14 @@ Reference: [H], Wang et al., "LoRA Meets Dropout under a Unified Framework",
 import dataclasses
 import functools
 
-import keras
 from keras import ops
 
 from keras_lora_dropout.core import structured_dropout
 from keras_lora_dropout.core import validation
-from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.core.keras_internals import copy_mask
+from keras_lora_dropout.core.masks import current_dropout
+from keras_lora_dropout.core.mixed_classes import LayerMixin
+from keras_lora_dropout.core.mixed_classes import mix_in
 
 
 def _check_rate(value):
@@ -38,16 +40,16 @@ class AttentionDropout:
         _check_rate(self.rate)
         validation.word("pattern", self.pattern, structured_dropout.PATTERNS)
 
-    def weights(self, scores, valid, seed):
+    def weights(self, scores, valid, uniform):
         """Return the attention weights.
 
         Args:
             scores: Tensor `(rows, heads..., T, S)`, before the softmax.
             valid: Boolean tensor that broadcasts to them, or `None`.
-            seed: `SeedGenerator`.
+            uniform: As in `structured_dropout.draw_keys`.
         """
         keep = structured_dropout.draw_keys(
-            ops.shape(scores), valid, self.rate, self.pattern, seed
+            ops.shape(scores), valid, self.rate, self.pattern, uniform
         )
         return self._attend(scores, keep, valid)
 
@@ -97,68 +99,73 @@ class HiddenCut:
         validation.word("pattern", self.pattern, structured_dropout.PATTERNS)
         validation.boolean("rescale", self.rescale)
 
-    def cut(self, hidden, seed):
+    def cut(self, hidden, uniform):
         return structured_dropout.cut_hidden(
-            hidden, self.rate, self.pattern, self.rescale, seed
+            hidden, self.rate, self.pattern, self.rescale, uniform
         )
 
 
-class DroppingSoftmax:
+class DroppingSoftmax(LayerMixin):
     """Mixin of the softmax of an attention layer: it drops while it may."""
 
     def call(self, inputs, mask=None):
-        if not structured_dropout.is_active():
+        draws = current_dropout()
+        if draws is None:
             return super().call(inputs, mask=mask)
         if mask is not None:
             mask = ops.cast(mask, "bool")
             missing = len(inputs.shape) - len(mask.shape)
             mask = ops.reshape(mask, (1,) * missing + tuple(ops.shape(mask)))
-        return self.dropout_settings.weights(
-            inputs, mask, self.dropout_seed_generator
-        )
+        uniform = functools.partial(draws.uniform, stream=self.dropout_stream)
+        return self.dropout_settings.weights(inputs, mask, uniform)
 
 
-class DroppingInputs:
+class DroppingInputs(LayerMixin):
     """Mixin of the last layer of a feed-forward sublayer: its inputs drop."""
 
-    def call(self, inputs, *args, **kwargs):
-        if structured_dropout.is_active():
-            inputs = self.dropout_settings.cut(
-                inputs, self.dropout_seed_generator
+    def __call__(self, inputs, *args, **kwargs):
+        draws = current_dropout()
+        if draws is not None:
+            uniform = functools.partial(
+                draws.uniform, stream=self.dropout_stream
             )
-        return super().call(inputs, *args, **kwargs)
+            cut = self.dropout_settings.cut(inputs, uniform)
+            copy_mask(inputs, cut)
+            inputs = cut
+        return super().__call__(inputs, *args, **kwargs)
 
 
-def add_attention_dropout(softmax, settings, seed):
+def add_attention_dropout(softmax, settings, stream):
     """Let the built softmax of an attention layer drop, in place.
 
     Args:
         softmax: A `keras.layers.Softmax` over the last axis.
         settings: A `DropKey` or `DropAttention`.
-        seed: Integer.
+        stream: Integer, another one for each layer of a model.
     """
-    _add(softmax, DroppingSoftmax, settings, seed)
+    mix_in(softmax, DroppingSoftmax)
+    softmax.dropout_settings, softmax.dropout_stream = settings, stream
 
 
-def add_hidden_dropout(layer, settings, seed):
+def add_hidden_dropout(layer, settings, stream):
     """Let the inputs of a built layer `(rows, positions, features)` drop.
 
     Args:
         layer: The last layer of a feed-forward sublayer.
         settings: A `HiddenCut`.
-        seed: Integer.
+        stream: Integer, another one for each layer of a model.
     """
-    _add(layer, DroppingInputs, settings, seed)
+    mix_in(layer, DroppingInputs)
+    layer.dropout_settings, layer.dropout_stream = settings, stream
 
 
-def _add(layer, mixin, settings, seed):
-    layer.__class__ = _dropping_class(type(layer), mixin)
-    with unlocked(layer):
-        layer.dropout_settings = settings
-        layer.dropout_seed_generator = keras.random.SeedGenerator(seed)
+def drops(layer):
+    """Whether a layer has structured dropout."""
+    return isinstance(layer, DroppingSoftmax | DroppingInputs)
 
 
-@functools.cache
-def _dropping_class(cls, mixin):
-    namespace = {"__module__": cls.__module__}
-    return type(f"Dropping{cls.__name__}", (mixin, cls), namespace)
+def forget_dropout(layer):
+    """Delete the settings of a layer that has lost its mixins."""
+    for name in "dropout_settings", "dropout_stream":
+        if name in vars(layer):
+            delattr(layer, name)

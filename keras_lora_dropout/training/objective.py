@@ -16,6 +16,12 @@ from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import layout
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import shared_prefix
+from keras_lora_dropout.core.structured_dropout import DropoutDraws
+from keras_lora_dropout.layers.recorded_inputs import recorded_inputs
+from keras_lora_dropout.training.consistency import CONSISTENCY
+from keras_lora_dropout.training.consistency import compared_tensors
+from keras_lora_dropout.training.consistency import consistency_loss
+from keras_lora_dropout.training.consistency import partners_among
 from keras_lora_dropout.training.row_losses import is_mean_over_rows
 
 
@@ -27,13 +33,12 @@ def draw_passes(model, x):
         x: Inputs of the batch, a nested structure of tensors.
 
     Returns:
-        A list of draws, one entry for each pass: tensors of shape
-        `(groups, columns)`, one group for each mask in the pass.
+        A list of draws, one entry for each pass: a tensor of shape
+        `(groups, columns)`, one group for each mask in the pass, and the seed
+        of structured dropout, or `None`.
     """
     settings = model.lora_dropout
-    groups = 1
-    if settings.mask_sharing == "example":
-        groups = instances.batch_size(x)
+    groups = _mask_groups(model, x)
     plan = model.mask_plan
     values = masks.draw_instances(
         (settings.num_samples, groups, plan.width),
@@ -41,16 +46,31 @@ def draw_passes(model, x):
         settings.mask_sampling,
     )
     if settings.sampling == "sequential":
-        return [values[n] for n in range(settings.num_samples)]
+        return [
+            (values[n], model.next_dropout_seed())
+            for n in range(settings.num_samples)
+        ]
     if settings.num_samples > 1:
         layout.check_parallel_layout(
             model, _forward(model), x, settings.num_samples
         )
-    return [ops.reshape(values, (settings.num_samples * groups, plan.width))]
+    values = ops.reshape(values, (settings.num_samples * groups, plan.width))
+    return [(values, model.next_dropout_seed())]
 
 
-def kept_prefix(model, x):
+def _mask_groups(model, x):
+    """Number of mask groups of one instance."""
+    is_shared = model.lora_dropout.mask_sharing == "batch"
+    return 1 if is_shared else instances.batch_size(x)
+
+
+def kept_prefix(model, x, passes):
     """Run what the passes of one step share, before the first of them.
+
+    Args:
+        model: The adapted model.
+        x: Inputs of the batch.
+        passes: What `draw_passes` returned.
 
     Returns:
         What `pass_loss` takes; `None` if the passes share nothing, as when
@@ -60,9 +80,42 @@ def kept_prefix(model, x):
     if settings.sampling == "parallel" or settings.num_samples == 1:
         return None
     kept = shared_prefix.kept_by(
-        model.mask_plan, lambda: _forward(model)(x), for_gradients=True
+        model.mask_plan,
+        lambda: _forward(model)(x),
+        for_gradients=True,
+        dropout=_dropout(passes[0]),
     )
     return None if model.losses else kept
+
+
+def partner(model, x):
+    """Run the pass that all passes of one step are compared with.
+
+    Call it where no gradients are recorded.
+
+    Returns:
+        What `pass_loss` takes: list of tensors of `B` rows. `None` if the
+        instances of the one pass are compared with each other, or if nothing
+        is.
+    """
+    consistency = model.consistency
+    if consistency is None:
+        return None
+    draws, training = masks.Draws(model.mask_plan), False
+    if consistency.kind == "kl":
+        if instances_per_pass(model) > 1:
+            return None
+        shape = _mask_groups(model, x), model.mask_plan.width
+        values = masks.draw_uniform(shape, model.mask_seed_generator)
+        seed, training = model.next_dropout_seed(), True
+        rows = instances.batch_size(x)
+        draws = masks.Draws(
+            model.mask_plan, values, rows, dropout=_dropout((values, seed))
+        )
+    with masks.use_draws(draws), recorded_inputs() as representations:
+        outputs = model(x, training=training)
+    tensors = compared_tensors(model, outputs, representations)
+    return [ops.stop_gradient(tensor) for tensor in tensors]
 
 
 def instances_per_pass(model):
@@ -71,13 +124,18 @@ def instances_per_pass(model):
     return settings.num_samples if settings.sampling == "parallel" else 1
 
 
-def pass_draws(model, x, values):
-    """Return the `Draws` that layers read in the pass of `values`."""
+def pass_draws(model, x, drawn):
+    """Return the `Draws` that layers read in a pass of `draw_passes`."""
     rows = instances.batch_size(x) * instances_per_pass(model)
-    return masks.Draws(model.mask_plan, values, rows)
+    return masks.Draws(model.mask_plan, drawn[0], rows, dropout=_dropout(drawn))
 
 
-def pass_loss(model, x, y, sample_weight, kept):
+def _dropout(drawn):
+    _, seed = drawn
+    return None if seed is None else DropoutDraws(seed)
+
+
+def pass_loss(model, x, y, sample_weight, kept, partner):
     """Mean loss over the instances of one pass, and their mean output.
 
     Call it inside `use_draws(pass_draws(...))`. Each instance's loss is the
@@ -88,17 +146,28 @@ def pass_loss(model, x, y, sample_weight, kept):
         model: The adapted model.
         x, y, sample_weight: The batch.
         kept: What `kept_prefix` returned for it.
+        partner: What `partner` returned for it.
 
     Returns:
         Tuple `(objective, losses, outputs)`: the scalar to differentiate, the
         losses to report by name, the outputs averaged over the instances, or
         `None` if no metric reads them. The objective adds AdaLoRA's
-        orthogonality penalty to the loss and applies the optimizer's loss
-        scale, where there are such.
+        orthogonality penalty and the consistency loss to the loss, and applies
+        the optimizer's loss scale, where there are such.
     """
     count = instances_per_pass(model)
-    with shared_prefix.reuse(kept):
+    with shared_prefix.reuse(kept), recorded_inputs() as representations:
         outputs = layout.run_parallel(model, _forward(model), x, count)
+    reported = {}
+    if model.consistency is not None:
+        tensors = compared_tensors(model, outputs, representations)
+        partners = instances.tile(partner, count)
+        if partner is None:
+            partners = partners_among(tensors, count)
+        weights = instances.tile(sample_weight, count)
+        reported[CONSISTENCY] = consistency_loss(
+            model, tensors, partners, weights
+        )
     rows = instances.batch_size(x) * count
     compute_loss = _compute_loss(model)
     if count > 1 and is_mean_over_rows(model):
@@ -110,13 +179,17 @@ def pass_loss(model, x, y, sample_weight, kept):
         samples = instances.split(outputs, count, rows)
         losses = [compute_loss(x, y, out, sample_weight) for out in samples]
         loss = losses[0] if count == 1 else sum(losses) / count
-    reported = {"loss": loss}
+    reported["loss"] = loss
     objective = loss
+    if model.consistency is not None:
+        penalty = model.consistency.weight * reported[CONSISTENCY]
+        objective = objective + penalty
     allocator = model.rank_allocator
     if allocator is not None and allocator.settings.orthogonal_penalty:
         penalty = allocator.penalty()
         reported["orthogonal_penalty"] = penalty
-        objective = loss + allocator.settings.orthogonal_penalty * penalty
+        weight = allocator.settings.orthogonal_penalty
+        objective = objective + weight * penalty
     objective = model.optimizer.scale_loss(objective)
     # Logits over a vocabulary can be the largest tensors of all.
     if not _reads_outputs(model):
@@ -147,6 +220,11 @@ def update_metrics(model, x, y, outputs, sample_weight, losses):
             metric.update_state(loss, sample_weight=instances.batch_size(x))
             break
     logs = model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
+    if CONSISTENCY in losses:
+        model.consistency_metric.update_state(
+            losses[CONSISTENCY], sample_weight=instances.batch_size(x)
+        )
+        losses[CONSISTENCY] = model.consistency_metric.result()
     if model.rank_allocator is not None:
         losses.update(model.rank_allocator.logs())
     return {**logs, **losses}
@@ -155,7 +233,8 @@ def update_metrics(model, x, y, outputs, sample_weight, losses):
 def _reads_outputs(model):
     """Whether a metric of the training step reads the model's outputs."""
     is_own = type(model).compute_metrics is keras.Model.compute_metrics
-    return not is_own or len(model.metrics) > 1
+    others = [metric for metric in model.metrics if metric.name != CONSISTENCY]
+    return not is_own or len(others) > 1
 
 
 def _forward(model):

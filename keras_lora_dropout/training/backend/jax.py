@@ -30,14 +30,14 @@ class NSampleTrainStep:
         trainable, non_trainable, optimizer_variables, metrics = state
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
 
-        def loss_of_pass(trainable, non_trainable, metrics, values):
+        def loss_of_pass(trainable, non_trainable, metrics, drawn):
             # XLA would take what depends on labels alone, such as one-hot
             # labels of the size of the logits, out of the loop over the passes
             # and hold it in memory. So labels seem to depend on the pass.
-            values, *labels = jax.lax.optimization_barrier(
-                (values, y, sample_weight)
+            drawn, *labels = jax.lax.optimization_barrier(
+                (drawn, y, sample_weight)
             )
-            draws = objective.pass_draws(self, x, values)
+            draws = objective.pass_draws(self, x, drawn)
             with (
                 _state(
                     (self.trainable_variables, trainable),
@@ -48,7 +48,7 @@ class NSampleTrainStep:
                 use_draws(draws),
             ):
                 total, losses, outputs = objective.pass_loss(
-                    self, x, *labels, kept
+                    self, x, *labels, kept, partner
                 )
             non_trainable = _values(scope, self.non_trainable_variables)
             metrics = _values(scope, self.metrics_variables)
@@ -56,9 +56,9 @@ class NSampleTrainStep:
 
         gradient_of_pass = jax.value_and_grad(loss_of_pass, has_aux=True)
 
-        def run_pass(non_trainable, metrics, values):
+        def run_pass(non_trainable, metrics, drawn):
             (_, aux), gradients = gradient_of_pass(
-                trainable, non_trainable, metrics, values
+                trainable, non_trainable, metrics, drawn
             )
             losses, outputs, non_trainable, metrics = aux
             return (non_trainable, metrics), (gradients, losses, outputs)
@@ -68,7 +68,8 @@ class NSampleTrainStep:
             (self.non_trainable_variables, non_trainable),
         ) as scope:
             passes = objective.draw_passes(self, x)
-            kept = objective.kept_prefix(self, x)
+            kept = objective.kept_prefix(self, x, passes)
+            partner = objective.partner(self, x)
         non_trainable = _values(scope, self.non_trainable_variables)
 
         (non_trainable, metrics), (gradients, losses, outputs) = _mean_over(
@@ -172,13 +173,15 @@ def _mean_over(run_pass, state, passes):
     _, shapes = jax.eval_shape(run_pass, *state, passes[0])
     zeros = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes)
 
-    def step(carry, values):
+    def step(carry, drawn):
         state, total = carry
-        state, result = run_pass(*state, values)
+        state, result = run_pass(*state, drawn)
         return (state, jax.tree.map(jax.numpy.add, total, result)), None
 
     (state, total), _ = jax.lax.scan(
-        step, (state, zeros), jax.numpy.stack(passes)
+        step,
+        (state, zeros),
+        jax.tree.map(lambda *drawn: jax.numpy.stack(drawn), *passes),
     )
     mean = jax.tree.map(lambda t: t / len(passes), total)
     return state, mean

@@ -18,22 +18,23 @@ class NSampleTrainStep:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         weights = list(self.trainable_weights)
         passes = objective.draw_passes(self, x)
-        kept = objective.kept_prefix(self, x)
+        kept = objective.kept_prefix(self, x, passes)
+        partner = objective.partner(self, x)
 
-        def run_pass(values):
+        def run_pass(drawn):
             # Gradient checkpointing runs the forward pass again in `gradient`
             # and needs its masks there.
-            with use_draws(objective.pass_draws(self, x, values)):
+            with use_draws(objective.pass_draws(self, x, drawn)):
                 with tf.GradientTape() as tape:
                     total, losses, outputs = objective.pass_loss(
-                        self, x, y, sample_weight, kept
+                        self, x, y, sample_weight, kept, partner
                     )
                 gradients = tape.gradient(total, weights)
             gradients = [_dense(gradient) for gradient in gradients]
             return losses, outputs, gradients
 
         losses, outputs, gradients = instances.mean(
-            run_pass(values) for values in passes
+            run_pass(drawn) for drawn in passes
         )
         with objective.around_update(self, weights, gradients):
             self.optimizer.apply(gradients, weights)

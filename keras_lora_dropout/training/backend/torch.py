@@ -16,24 +16,27 @@ class NSampleTrainStep:
 
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        # A `fit` inside `torch.autocast` would go on with the weights that the
-        # first step has cast, whatever the optimizer makes of them.
-        torch.clear_autocast_cache()
         passes = objective.draw_passes(self, x)
-        kept = objective.kept_prefix(self, x)
+        with torch.no_grad():
+            partner = objective.partner(self, x)
+        # A `fit` inside `torch.autocast` would go on with the weights that the
+        # first step has cast, whatever the optimizer makes of them; or with
+        # those of the pass above, which have no gradients.
+        torch.clear_autocast_cache()
+        kept = objective.kept_prefix(self, x, passes)
 
-        def run_pass(values):
+        def run_pass(drawn):
             # Gradient checkpointing runs the forward pass again in `backward`
             # and needs its masks there.
-            with use_draws(objective.pass_draws(self, x, values)):
+            with use_draws(objective.pass_draws(self, x, drawn)):
                 total, losses, outputs = objective.pass_loss(
-                    self, x, y, sample_weight, kept
+                    self, x, y, sample_weight, kept, partner
                 )
                 (total / len(passes)).backward()
             return keras.tree.map_structure(_detach, (losses, outputs))
 
         self.zero_grad()
-        losses, outputs = instances.mean(run_pass(values) for values in passes)
+        losses, outputs = instances.mean(run_pass(drawn) for drawn in passes)
         weights = list(self.trainable_weights)
         gradients = [w.value.grad for w in weights]
         with torch.no_grad():

@@ -34,20 +34,31 @@ def link_of(loss):
         loss: What `compile` was given for one output: a `keras.losses.Loss`,
             a name, a function or `None`.
     """
-    if isinstance(loss, str):
-        loss = keras.losses.get(loss)
-    if isinstance(loss, type):
-        loss = loss()
-    if isinstance(loss, keras.losses.Loss):
-        title, logits = type(loss).__name__, _from_logits(loss)
-    else:
-        title, logits = getattr(loss, "__name__", ""), False
-    title = title.replace("_", "").lower()
+    title = _title_of(loss)
     if "crossentropy" not in title:
         return None
-    if not logits:
+    if isinstance(loss, type):
+        loss = loss()
+    if not isinstance(loss, keras.losses.Loss) or not _from_logits(loss):
         return "identity"
     return "sigmoid" if "binary" in title else "softmax"
+
+
+def are_events(model):
+    """Say of each flattened output whether its units are events of their own.
+
+    Returns:
+        Tuple of booleans, as long as `output_links`: whether the output comes
+        out of a sigmoid, or is trained with a loss for such. It tells apart
+        what `"identity"` leaves open.
+    """
+    outputs = keras.tree.flatten(getattr(model, "outputs", None) or [None])
+    losses = _losses(model, len(outputs))
+    return tuple(
+        _activation_of(output) is keras.activations.sigmoid
+        or "binary" in _title_of(loss)
+        for output, loss in zip(outputs, losses, strict=True)
+    )
 
 
 def default_link(outputs):
@@ -91,13 +102,26 @@ def _losses(model, count):
 
 def _is_probability(output):
     """Whether a symbolic output comes out of a softmax or sigmoid."""
+    return _activation_of(output) in _PROBABILITY_ACTIVATIONS
+
+
+def _activation_of(output):
+    """Return the activation that a symbolic output comes out of."""
     if output is None:
-        return False
+        return None
     operation, _ = producer(output)
     if isinstance(operation, keras.layers.Softmax):
-        return True
-    activation = getattr(operation, "activation", None)
-    return activation in _PROBABILITY_ACTIVATIONS
+        return keras.activations.softmax
+    return getattr(operation, "activation", None)
+
+
+def _title_of(loss):
+    """Return the name of a loss: lower case, no underscores."""
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    if isinstance(loss, keras.losses.Loss):
+        loss = type(loss)
+    return getattr(loss, "__name__", "").replace("_", "").lower()
 
 
 def _from_logits(loss):
