@@ -23,15 +23,7 @@ def _check_rate(value):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionDropout:
-    """What `DropKey` and `DropAttention` have in common.
-
-    Attributes:
-        rate: Float in `[0, 1)`. Probability that a key is dropped. At least
-            one of the keys that a query may see always stays.
-        pattern: `"element"`: keys are dropped for each query alone.
-            `"column"`: for all queries of a head alike. `"span"`: likewise,
-            one contiguous run of keys.
-    """
+    """What `DropKey` and `DropAttention` have in common."""
 
     rate: float = 0.1
     pattern: str = "column"
@@ -58,6 +50,18 @@ class DropKey(AttentionDropout):
     """Drops keys before the softmax, which goes on with the others.
 
     Reference: [H], section 3; Li et al., "DropKey", CVPR 2023.
+
+    Attributes:
+        rate: Float in `[0, 1)`. Probability that a key is dropped. At least
+            one of the keys that a query may see always stays.
+        pattern: `"element"`: keys are dropped for each query alone.
+            `"column"`: for all queries of a head alike. `"span"`: likewise,
+            one contiguous run of keys.
+
+    Example:
+
+    >>> DropKey(0.2)
+    DropKey(rate=0.2, pattern='column')
     """
 
     def _attend(self, scores, keep, valid):
@@ -70,6 +74,14 @@ class DropAttention(AttentionDropout):
     Outputs are those of `DropKey`, gradients are not.
 
     Reference: [H], section 3; Zehui et al., "DropAttention", 2019.
+
+    Attributes:
+        rate, pattern: As in `DropKey`.
+
+    Example:
+
+    >>> DropAttention(0.1, "element")
+    DropAttention(rate=0.1, pattern='element')
     """
 
     def _attend(self, scores, keep, valid):
@@ -88,6 +100,11 @@ class HiddenCut:
             positions of an example. `"span"`: one contiguous run of an
             example's positions, padding included, with all their features.
         rescale: Boolean. Whether what stays is divided by `1 - rate`.
+
+    Example:
+
+    >>> HiddenCut(0.1, "span", rescale=False)
+    HiddenCut(rate=0.1, pattern='span', rescale=False)
     """
 
     rate: float = 0.1

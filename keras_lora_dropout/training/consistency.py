@@ -45,6 +45,11 @@ class Consistency:
             over the features. `"auto"`: the former if the compiled losses are
             cross-entropies (classification), the latter otherwise
             (regression).
+
+    Example:
+
+    >>> Consistency(0.5)
+    Consistency(weight=0.5, kind='kl', compares='auto')
     """
 
     weight: float = 1.0
