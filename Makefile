@@ -11,7 +11,8 @@ TEST_ENV = .venv-test
 CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
 	tests/test_layer_agreement.py tests/test_layer_properties.py \
 	tests/test_masks_and_factors.py tests/test_stratified.py \
-	tests/test_training.py \
+	tests/test_training.py tests/test_structured_dropout.py \
+	tests/test_consistency.py \
 	tests/test_metrics.py tests/test_rank_budget.py \
 	tests/test_rank_allocation.py tests/test_adalora_agreement.py \
 	tests/test_peft_adalora.py tests/test_peft_differences.py \
