@@ -32,7 +32,8 @@ def costs(workload, *keys):
 def deberta():
     """Two blocks of the base model, 32 x 128 tokens."""
     workload = workloads.make_workload("deberta", "blocks")
-    return costs(workload, "kerashub", "n1", "plain", "n1-example", "n4")
+    keys = "kerashub", "n1", "plain", "n1-example", "n4"
+    return costs(workload, *keys, "hidden-key-minus", "hidden-key")
 
 
 def top_third():

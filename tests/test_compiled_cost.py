@@ -56,6 +56,13 @@ def test_masks_cost_next_to_nothing(counts):
     assert gflop["n1-example"] <= 1.01 * gflop["plain"]
 
 
+def test_transformer_dropout(counts):
+    gflop = {key: cost["gflop"] for key, cost in counts["deberta"].items()}
+    assert gflop["hidden-key-minus"] <= 1.02 * gflop["plain"]
+    # One further forward pass, where the backward pass skips frozen kernels.
+    assert gflop["hidden-key"] <= 1.55 * gflop["plain"]
+
+
 def test_four_instances_of_the_top_third(counts):
     four, one = (
         counts["top_third"][key]["gflop"] for key in ("n4-top", "n1-top")

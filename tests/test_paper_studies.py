@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import keras
@@ -18,6 +19,7 @@ from studies import STUDIES
 from tasks import SQUAD
 from tasks import TASKS
 
+COMBINED = "LoRA+Dropout, HiddenKey, KL"
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 
 
@@ -154,6 +156,27 @@ def test_studies_of_lora_and_adalora(command, output, study):
     page = (output / f"{study}.md").read_text()
     assert "AdaLoRA+Dropout, ensemble" in page and "Not finished" not in page
     assert (output / f"{study}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_transformer_dropout_is_compared(command, output):
+    labels = {v.label for v in STUDIES["transformer-dropout"].variants}
+    assert len(labels) == 1 + 9 + 4 + 3
+    chosen = "LoRA", "HiddenCut, span", "HiddenKey, KL", COMBINED
+    assert labels.issuperset(chosen)
+    words = "--tasks", "mrpc", "--seeds", 3, "--learning-rates", 0.001
+    wanted = "|".join(f"^{re.escape(label)}$" for label in chosen)
+    command("transformer-dropout", *words, "--variants", wanted)
+    page = (output / "transformer-dropout.md").read_text()
+    for label in chosen:
+        assert f"| {label}" in page
+    assert (output / "transformer-dropout.png").exists()
+    cells = [r["cell"] for r in results(output)]
+    patterns = {(c["attention"], c["hidden_pattern"]) for c in cells}
+    assert {("", "span"), ("DropKey", "element")} <= patterns
+    (combined,) = [
+        c for c in cells if c["consistency"] and c["method"] == "lora-dropout"
+    ]
+    assert combined["attention"] == "DropKey"
 
 
 def test_figure_4_has_the_four_ways(command, output):

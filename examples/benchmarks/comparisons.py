@@ -39,6 +39,12 @@ def comparisons(backend):
                 ours("n1-example"),
                 ours("plain"),
             ),
+            (
+                "HiddenKey- / plain LoRA",
+                ours("hidden-key-minus"),
+                ours("plain"),
+            ),
+            ("HiddenKey / plain LoRA", ours("hidden-key"), ours("plain")),
             ("N = 4 parallel / N = 1", ours("n4"), ours("n1")),
             ("N = 4 sequential / N = 1", ours("n4-sequential"), ours("n1")),
             ("AdaLoRA Dropout, N = 1 / N = 1", ours("adalora"), ours("n1")),

@@ -18,8 +18,8 @@ class Entry:
         label: Its name in tables.
         options: Of Keras: arguments of `enable_lora_dropout`, or `None` for
             KerasHub's own `enable_lora`; `adaptive` and `top_third` are short
-            for a `RankBudget` and for the topmost third of the blocks. Of
-            PEFT: `adaptive` and `compiled`.
+            for a `RankBudget` and for the topmost third of the blocks,
+            `hidden_key` has arguments of that function. Of PEFT: `adaptive` and `compiled`.
         actions: What is measured.
     """
 
@@ -31,6 +31,18 @@ class Entry:
 KERAS = {
     "kerashub": Entry("KerasHub `enable_lora`", None),
     "plain": Entry("plain LoRA", {"num_samples": 1, "dropout_rate": 0.0}),
+    "hidden-key-minus": Entry(
+        "plain LoRA, HiddenKey-",
+        {"num_samples": 1, "dropout_rate": 0.0, "hidden_key": {}},
+    ),
+    "hidden-key": Entry(
+        "plain LoRA, HiddenKey",
+        {
+            "num_samples": 1,
+            "dropout_rate": 0.0,
+            "hidden_key": {"kl_weight": 1.0},
+        },
+    ),
     "n1": Entry("LoRA Dropout, N = 1", {"num_samples": 1}),
     "n1-stock": Entry(
         "LoRA Dropout, N = 1, KerasHub's attention",

@@ -95,7 +95,14 @@ def target_names(workload):
     return ATTENTION if workload.is_decoder else ATTENTION + FEED_FORWARD
 
 
-def enable_ours(model, workload, adaptive=False, top_third=False, **options):
+def enable_ours(
+    model,
+    workload,
+    adaptive=False,
+    top_third=False,
+    hidden_key=None,
+    **options,
+):
     if adaptive:
         options["rank_budget"] = kld.RankBudget(
             workload.rank // 2, warmup_steps=0, total_steps=NEVER
@@ -107,6 +114,8 @@ def enable_ours(model, workload, adaptive=False, top_third=False, **options):
     kld.enable_lora_dropout(
         model, rank=workload.rank, target_layers=targets, **options
     )
+    if hidden_key is not None:
+        kld.enable_transformer_dropout(model, **kld.hidden_key(**hidden_key))
 
 
 def top_third_of(backbone, workload, names):

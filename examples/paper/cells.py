@@ -19,7 +19,8 @@ class Cell:
     the run. `train_examples` and `selection_examples` are drawn from the
     training split with the seed, `None` is all of it; the learning rate is
     chosen on the second. With `curves`, the networks are evaluated after each
-    epoch, not only after the last. The last three are those of SQuAD.
+    epoch, not only after the last. The next three are those of SQuAD; the rest
+    say how transformer blocks drop (`block_dropout`), if they do.
     """
 
     task: str
@@ -54,6 +55,14 @@ class Cell:
     doc_stride: int = 128
     max_question_length: int = 64
     null_threshold: float = 0.0
+    attention: str = ""
+    attention_pattern: str = "column"
+    attention_rate: float = 0.1
+    hidden_pattern: str = ""
+    hidden_rate: float = 0.1
+    hidden_rescale: bool = True
+    consistency: str = ""
+    consistency_weight: float = 1.0
 
     @property
     def name(self):

@@ -218,4 +218,5 @@ DRAWN = {
     "figure-3": _calibration,
     "figure-4": _ablation,
     "figure-5": _sensitivity,
+    "transformer-dropout": _scores,
 }

@@ -275,6 +275,9 @@ OVERRIDES = {
     "alpha": {"type": positive},
     "dropout_rate": {"type": number(float, 0, 1, "a number in [0, 1)")},
     "num_samples": {"type": count},
+    "attention_rate": {"type": number(float, 0, 1, "a number in [0, 1)")},
+    "hidden_rate": {"type": number(float, 0, 1, "a number in [0, 1)")},
+    "consistency_weight": {"type": positive},
     "dtype_policy": {"choices": ["float32", "bfloat16", "mixed_bfloat16"]},
 }
 

@@ -3,6 +3,8 @@
 import dataclasses
 
 import keras
+from block_dropout import COMBINED
+from block_dropout import COMPARED
 from cells import Cell
 from configurations import configuration
 from methods import METHODS
@@ -77,6 +79,15 @@ _SAMPLES = tuple(
     Variant(f"N = {count}", "lora-dropout", {"num_samples": count})
     for count in (1, 2, 4, 8)
 )
+_TRANSFORMER_DROPOUT = (
+    *_methods(("lora",)),
+    *(Variant(label, "lora", fields) for label, fields in COMPARED.items()),
+    *_methods(("lora-dropout",)),
+    *(
+        Variant(label, "lora-dropout", fields)
+        for label, fields in COMBINED.items()
+    ),
+)
 STUDIES = {
     "table-1": Study("GLUE: all methods", GLUE, _methods(METHODS)),
     "table-2": Study("SQuAD: three budgets of weights", SQUAD, _BUDGETS),
@@ -102,6 +113,11 @@ STUDIES = {
         "Dropout rate, sample number",
         ("mrpc",),
         (Variant("p = 0", "lora"), *_RATES, *_SAMPLES),
+    ),
+    "transformer-dropout": Study(
+        "Transformer dropout: positions, patterns, compensation",
+        ("mrpc",),
+        _TRANSFORMER_DROPOUT,
     ),
 }
 

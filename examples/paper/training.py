@@ -9,6 +9,8 @@ import time
 import keras
 import keras_hub
 import numpy as np
+from block_dropout import blocks_drop
+from block_dropout import enable_block_dropout
 from journal import Journal
 from methods import METHODS
 from problems import problem_of
@@ -41,6 +43,7 @@ def run(cell, rows, folder, progress):
     train = data.pop("train")
     steps = cell.epochs * -(-len(train) // cell.batch_size)
     METHODS[cell.method].enable(model, cell, steps)
+    enable_block_dropout(model, cell)
     compile_model(model, cell, steps, problem.loss)
     networks = Networks(model, cell, problem, progress)
     journal = Journal(model, folder, SAVE_SECONDS)
@@ -188,7 +191,7 @@ class Networks:
     def _masked(self):
         if METHODS[self._cell.method].drops:
             return "ensemble", self._model
-        if self._cell.method != "lora":
+        if self._cell.method != "lora" or blocks_drop(self._cell):
             return None, None
         model = self._problem.build()
         METHODS["lora-dropout"].enable(model, self._cell, None)
@@ -202,13 +205,15 @@ def training_cost(cell):
     instances = 1
     if method.drops and not cell.method.endswith("example"):
         instances = cell.num_samples
-    return 3 * instances
+    # Its partner takes a forward pass where there is a single instance.
+    return 3 * instances + bool(cell.consistency)
 
 
 def work(cell, rows):
     """What a cell takes, in rows that are predicted."""
     task, masked = TASKS[cell.task], METHODS[cell.method].drops
-    instances = cell.num_samples if masked or cell.method == "lora" else 0
+    unseen = cell.method == "lora" and not blocks_drop(cell)
+    instances = cell.num_samples if masked or unseen else 0
     evaluated = {
         split: len(rows[split]) * (1 + instances) for split in task.splits
     }
