@@ -72,7 +72,7 @@ def run_mmlu(data, output, *more):
     small = ["--max-length", "320", "--batch-size", "2"]
     arguments = words(data, output, *subjects, *small, *more)
     mmlu.main(mmlu.parse_arguments(arguments))
-    return (output / "mmlu" / "table.md").read_text()
+    return (output / "mmlu" / "mmlu.md").read_text()
 
 
 def run_alpaca(data, output, *more, name="lora-dropout"):
@@ -136,10 +136,20 @@ def test_from_instructions_to_mmlu(data, tmp_path, monkeypatch):
     adapters = tmp_path / "out/alpaca/lora-dropout/adapters.safetensors"
     given = ["--adapters", str(adapters)]
     table = run_mmlu(data, tmp_path / "out", *given)
-    assert table.count("\n") == 2 + 2 * 3
-    assert "| 0 | without adapters |" in table
-    assert "| 1 | ensemble |" in table
     folder = tmp_path / "out" / "mmlu"
+    cells = [
+        json.loads(mmlu.path_of(folder, shots, mode, "anatomy").read_text())
+        for shots in (0, 1)
+        for mode in mmlu.MODES
+    ]
+    hits = [np.equal(c["answers"], c["chosen"]).mean() for c in cells]
+    shown = " | ".join(f"{100 * share:.2f}" for share in hits)
+    assert f"| anatomy | 2 | {shown} |" in table
+    groups, _, subjects = table.partition("## By subject")
+    assert groups.count("\n| ") == 1 + 1 + 2 * 3
+    assert subjects.count("\n| ") == 2 + 2
+    assert "| 0 | without adapters |" in groups
+    assert "| 1 | ensemble |" in groups
     plain, mean, ensemble = (
         np.array(
             json.loads(mmlu.path_of(folder, 0, m, "anatomy").read_text())[

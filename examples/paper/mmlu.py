@@ -31,6 +31,7 @@ from mmlu_prompts import GROUP_OF
 from mmlu_prompts import GROUPS
 from mmlu_prompts import PromptTokens
 from progress import Progress
+from report import markdown
 from reproduce import count
 from reproduce import natural
 
@@ -73,9 +74,9 @@ def main(options):
             len(test[subject]), f"{shots}-shot, {MODES[mode]}, {subject}"
         )
     progress.end()
-    table = table_of(folder, jobs, options)
-    write_atomically(folder / "table.md", table.encode())
-    print(f"{table}\nWritten: {folder / 'table.md'}")
+    page = page_of(folder, jobs, options)
+    write_atomically(folder / "mmlu.md", page.encode())
+    print(f"{page}\nWritten: {folder / 'mmlu.md'}")
 
 
 def rows_of(options, split):
@@ -160,31 +161,51 @@ def score(scorer, tokens, questions, shots, mode, options):
     }
 
 
-def table_of(folder, jobs, options):
-    """Write the accuracies as Table 3 does, in percent of all questions."""
+def page_of(folder, jobs, options):
+    """Write the accuracies, in percent: as Table 3 does, and by subject."""
+    results = {
+        job: json.loads(path_of(folder, *job).read_text()) for job in jobs
+    }
+    hits = {
+        job: np.equal(result["answers"], result["chosen"])
+        for job, result in results.items()
+    }
+    columns = [(n, mode) for n in options.shots for mode in options.modes]
+    rows = []
+    for column in columns:
+        mine = {job[2]: hits[job] for job in jobs if job[:2] == column}
+        of = [
+            [found for subject, found in mine.items() if GROUP_OF[subject] == g]
+            for g in GROUPS
+        ]
+        cut = sum(results[*column, subject]["cut_prompts"] for subject in mine)
+        shown = [percent(part) for part in (*of, list(mine.values()))]
+        rows.append([column[0], MODES[column[1]], *shown, cut])
     head = ["shots", "model", *GROUPS, "average", "cut prompts"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for shots in options.shots:
-        for mode in options.modes:
-            right, cut = {}, 0
-            for job in jobs:
-                if job[:2] != (shots, mode):
-                    continue
-                result = json.loads(path_of(folder, *job).read_text())
-                cut += result["cut_prompts"]
-                right.setdefault(GROUP_OF[job[2]], []).extend(
-                    a == c
-                    for a, c in zip(
-                        result["answers"], result["chosen"], strict=True
-                    )
-                )
-            every = [hit for hits in right.values() for hit in hits]
-            cells = [right.get(group) for group in GROUPS] + [every]
-            shown = [f"{100 * np.mean(c):.2f}" if c else "" for c in cells]
-            lines.append(
-                f"| {shots} | {MODES[mode]} | {' | '.join(shown)} | {cut} |"
-            )
-    return "\n".join(lines) + "\n"
+    subjects = sorted({job[2] for job in jobs})
+    titles = [f"{shots}-shot, {MODES[mode]}" for shots, mode in columns]
+    by_subject = [
+        [
+            subject.replace("_", " "),
+            len(hits[*columns[0], subject]),
+            *(percent([hits[*column, subject]]) for column in columns),
+        ]
+        for subject in subjects
+    ]
+    return "\n\n".join(
+        [
+            "# MMLU",
+            "Accuracy in percent, of all questions of a group together.",
+            markdown(head, rows),
+            "## By subject",
+            markdown(["subject", "questions", *titles], by_subject) + "\n",
+        ]
+    )
+
+
+def percent(parts):
+    """The share of hits in a list of arrays; empty if there are none."""
+    return f"{100 * np.mean(np.concatenate(parts)):.2f}" if parts else ""
 
 
 def parse_arguments(arguments=None):

@@ -213,4 +213,4 @@ def spread(values, digits):
 
 def markdown(heads, rows):
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
