@@ -19,7 +19,8 @@ class Entry:
         options: Of Keras: arguments of `enable_lora_dropout`, or `None` for
             KerasHub's own `enable_lora`; `adaptive` and `top_third` are short
             for a `RankBudget` and for the topmost third of the blocks,
-            `hidden_key` has arguments of that function. Of PEFT: `adaptive` and `compiled`.
+            `hidden_key` has arguments of that function. Of PEFT: `adaptive`
+            and `compiled`.
         actions: What is measured.
     """
 
