@@ -129,6 +129,22 @@ def cross_entropy(logits, y):
     return -np.log(p[..., np.arange(len(y)), y]).mean()
 
 
+def assert_step(done, logits, y, compare, partners):
+    """The partners are constants: gradients flow through one branch."""
+    logs, gradients = done
+    expected = compare(softmax(logits), partners).mean()
+    assert expected > 1e-3
+    assert_close(logs["consistency_loss"], expected)
+    assert_close(logs["loss"], cross_entropy(logits, y))
+
+    def objective(logits):
+        consistency = compare(softmax(logits), partners).mean()
+        return cross_entropy(logits, y) + WEIGHT * consistency
+
+    expected = gradient_of_bias(objective, logits)
+    assert_close(head_bias(gradients), expected, 2e-5)
+
+
 @pytest.mark.parametrize("kind", ["kl", "js"])
 def test_parallel_instances_are_each_others_partners(kind):
     model = compiled(
@@ -143,19 +159,7 @@ def test_parallel_instances_are_each_others_partners(kind):
     plain = array(model(x, training=False))
     partners = softmax(np.roll(logits, 1, axis=0) if kind == "kl" else plain)
     compare = both_ways if kind == "kl" else kl
-    logs, gradients = step(model, x, y)
-    expected = compare(softmax(logits), partners).mean()
-    assert expected > 1e-3
-    assert_close(logs["consistency_loss"], expected)
-    assert_close(logs["loss"], cross_entropy(logits, y))
-
-    # The partner is a constant: gradients flow through one branch.
-    def objective(logits):
-        consistency = compare(softmax(logits), partners).mean()
-        return cross_entropy(logits, y) + WEIGHT * consistency
-
-    expected = gradient_of_bias(objective, logits)
-    assert_close(head_bias(gradients), expected, 2e-5)
+    assert_step(step(model, x, y), logits, y, compare, partners)
 
 
 @pytest.mark.parametrize("sampling", ["parallel", "sequential"])
@@ -173,17 +177,7 @@ def test_single_passes_have_one_partner(sampling):
     generator.next()
     partner = instance_outputs(model, x, 1, generator.state.value)[0]
     model.mask_seed_generator.state.assign(state)
-    logs, gradients = step(model, x, y)
-    partner = softmax(partner)
-    expected = both_ways(softmax(logits), partner).mean()
-    assert_close(logs["consistency_loss"], expected)
-
-    def objective(logits):
-        consistency = both_ways(softmax(logits), partner).mean()
-        return cross_entropy(logits, y) + WEIGHT * consistency
-
-    expected = gradient_of_bias(objective, logits)
-    assert_close(head_bias(gradients), expected, 2e-5)
+    assert_step(step(model, x, y), logits, y, both_ways, softmax(partner))
 
 
 @pytest.mark.parametrize("kind", ["kl", "js"])
