@@ -59,6 +59,18 @@ def every_valid(kind):
 # Masks
 
 
+def test_each_layer_has_a_stream_of_its_own():
+    draws = sd.DropoutDraws(keras.random.SeedGenerator(3).next())
+    first, again, second = (
+        ops.convert_to_numpy(draws.uniform((50, 4), stream))
+        for stream in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.3
+    for drawn in first, second:
+        assert 0 <= drawn.min() < 0.05 and 0.95 < drawn.max() < 1
+
+
 @given(
     rate=st.floats(0, 0.99),
     pattern=st.sampled_from(sd.PATTERNS),

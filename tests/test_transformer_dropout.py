@@ -15,6 +15,8 @@ from helpers import assert_close
 from keras import ops
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.conversion import recipe
+from keras_lora_dropout.conversion import transformer_dropout
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import structured_dropout as sd
 from keras_lora_dropout.core.keras_internals import descendants
@@ -282,6 +284,31 @@ def test_a_saved_model_goes_on_as_it_would_have(tmp_path, settings):
         assert_close(again["loss"], logs["loss"])
         if "consistency_loss" in logs:
             assert_close(again["consistency_loss"], logs["consistency_loss"])
+
+
+def test_recipes_find_layers_that_keras_has_numbered_anew():
+    def build():
+        x = inputs = keras.Input((4, 6))
+        x = x + keras.layers.MultiHeadAttention(2, 3)(x, x)
+        x = x + keras.layers.MultiHeadAttention(2, 3)(x, x)
+        model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
+        return kld.enable_lora_dropout(model, rank=2)
+
+    first, second = build(), build()
+    kld.enable_transformer_dropout(first, attention=kld.DropKey(), blocks=[1])
+    kld.enable_transformer_dropout(second, attention=kld.DropKey(), blocks=[1])
+    assert first.transformer_dropout != second.transformer_dropout
+    moved = recipe.with_paths_of(second, recipe.recipe_of(first))
+    settings = transformer_dropout.from_data(moved["transformer_dropout"])
+    assert settings == second.transformer_dropout
+
+
+def test_outputs_that_nothing_reads_are_not_averaged():
+    model, (x, y) = dropping(HIDDEN_KEY, num_samples=2), batch()
+    (drawn,) = objective.draw_passes(model, x)
+    with masks.use_draws(objective.pass_draws(model, x, drawn)):
+        *_, outputs = objective.pass_loss(model, x, y, None, None, None)
+    assert outputs is None
 
 
 def test_weights_fit_with_and_without_it(tmp_path):

@@ -103,7 +103,8 @@ def consistency_loss(model, tensors, partners, sample_weight):
     Args:
         model: The adapted model.
         tensors: What `compared_tensors` returned for this pass.
-        partners: The same of what it is compared with, of the same shapes.
+        partners: The same of what it is compared with, of the same shapes; no
+            gradients flow through it.
         sample_weight: Nested structure of weights of these rows, or `None`.
 
     Returns:
@@ -128,13 +129,13 @@ def consistency_loss(model, tensors, partners, sample_weight):
 
 
 def partners_among(tensors, count):
-    """Return for each block of rows the one before it, as a constant."""
+    """Return for each block of rows the one before it."""
 
     def previous(tensor):
         rows = ops.shape(tensor)[0] // count
         rolled = ops.concatenate([tensor[-rows:], tensor[:-rows]], axis=0)
         instances.copy_mask(tensor, rolled)
-        return ops.stop_gradient(rolled)
+        return rolled
 
     return [previous(tensor) for tensor in tensors]
 

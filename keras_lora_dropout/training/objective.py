@@ -114,8 +114,7 @@ def partner(model, x):
         )
     with masks.use_draws(draws), recorded_inputs() as representations:
         outputs = model(x, training=training)
-    tensors = compared_tensors(model, outputs, representations)
-    return [ops.stop_gradient(tensor) for tensor in tensors]
+    return compared_tensors(model, outputs, representations)
 
 
 def instances_per_pass(model):
