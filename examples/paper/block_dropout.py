@@ -6,9 +6,8 @@ and what makes up for the gap to prediction.
 """
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.core.structured_dropout import PATTERNS
 
-ATTENTION = {"DropKey": kld.DropKey, "DropAttention": kld.DropAttention}
-PATTERNS = ("element", "column", "span")
 _HIDDEN_KEY = {
     "attention": "DropKey",
     "attention_pattern": "column",
@@ -18,7 +17,7 @@ _HIDDEN_KEY = {
 COMPARED = {
     **{
         f"{name}, {pattern}": {"attention": name, "attention_pattern": pattern}
-        for name in ATTENTION
+        for name in ("DropKey", "DropAttention")
         for pattern in PATTERNS
     },
     **{
@@ -48,7 +47,7 @@ def enable_block_dropout(model, cell):
         return
     attention = hidden = consistency = None
     if cell.attention:
-        kind = ATTENTION[cell.attention]
+        kind = getattr(kld, cell.attention)
         attention = kind(cell.attention_rate, cell.attention_pattern)
     if cell.hidden_pattern:
         hidden = kld.HiddenCut(

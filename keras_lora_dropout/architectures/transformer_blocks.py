@@ -6,7 +6,7 @@ from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import sublayers
 
 # The last layer of a feed-forward sublayer, as KerasHub's text models name it.
-NAMES = "feedforward_output_dense", "ffw_linear"
+FEEDFORWARD_OUTPUTS = "feedforward_output_dense", "ffw_linear"
 
 
 def transformer_blocks(model):
@@ -34,7 +34,11 @@ def attention_layers(block):
 
 def feedforward_outputs(block):
     """Return the last layers of the feed-forward sublayers of a block."""
-    return [layer for layer in descendants(block) if layer.name in NAMES]
+    return [
+        layer
+        for layer in descendants(block)
+        if layer.name in FEEDFORWARD_OUTPUTS
+    ]
 
 
 def is_decoder_only(blocks):

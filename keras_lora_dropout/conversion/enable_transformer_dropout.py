@@ -236,10 +236,11 @@ def _hidden_layers(model, blocks):
     for block in blocks:
         layers = transformer_blocks.feedforward_outputs(block)
         if not layers:
+            names = ", ".join(transformer_blocks.FEEDFORWARD_OUTPUTS)
             raise ValueError(
                 f'Block "{block.path or block.name}" of model "{model.name}" '
                 "has no feed-forward sublayer with the names that KerasHub's "
-                f"text models use ({', '.join(transformer_blocks.NAMES)}). "
+                f"text models use ({names}). "
                 "Pass `hidden=None`, and `attention` instead."
             )
         found += layers
