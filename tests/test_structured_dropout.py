@@ -11,7 +11,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import structured_dropout as sd
 
 settings.register_profile("ours", deadline=None, derandomize=True)
@@ -40,13 +39,12 @@ def valid_of(kind):
 KINDS = [None, "padding", "left padding", "causal"]
 
 
-def uniform_of(seed):
-    generator = keras.random.SeedGenerator(seed)
-    return lambda shape: masks.draw_uniform(shape, generator)
+def draws_of(seed):
+    return sd.DropoutDraws(keras.random.SeedGenerator(seed).next())
 
 
 def drawn(rate, pattern, kind, seed=0, shape=(ROWS, HEADS, QUERIES, KEYS)):
-    keep = sd.draw_keys(shape, valid_of(kind), rate, pattern, uniform_of(seed))
+    keep = sd.draw_keys(shape, valid_of(kind), rate, pattern, draws_of(seed))
     return np.broadcast_to(ops.convert_to_numpy(keep), shape)
 
 
@@ -60,15 +58,48 @@ def every_valid(kind):
 
 
 def test_each_layer_has_a_stream_of_its_own():
-    draws = sd.DropoutDraws(keras.random.SeedGenerator(3).next())
+    draws = draws_of(3)
     first, again, second = (
-        ops.convert_to_numpy(draws.uniform((50, 4), stream))
+        ops.convert_to_numpy(draws.of_layer(stream).uniform((50, 4)))
         for stream in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.3
     for drawn in first, second:
         assert 0 <= drawn.min() < 0.05 and 0.95 < drawn.max() < 1
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_entries_are_kept_independently_at_their_rate(rate):
+    keep = ops.convert_to_numpy(draws_of(7).keep((40, 50, 101), rate))
+    assert keep.shape == (40, 50, 101) and keep.dtype == bool
+    deviation = np.sqrt(rate * (1 - rate))
+    assert abs(keep.mean() - (1 - rate)) < 4 * deviation / np.sqrt(keep.size)
+    # Of each position in a pair, too: two of them come out of one number.
+    for half in keep[..., ::2], keep[..., 1::2]:
+        error = deviation / np.sqrt(half.size)
+        assert abs(half.mean() - (1 - rate)) < 4 * error
+    centred = (keep - keep.mean()) / deviation
+    for shift in 1, 2, 50:
+        products = centred[..., shift:] * centred[..., :-shift]
+        assert abs(products.mean()) < 4 / np.sqrt(products.size)
+
+
+def test_entries_are_kept_at_the_ends_of_the_rates():
+    draws = draws_of(0)
+    assert ops.convert_to_numpy(draws.keep((100, 100), 0.0)).all()
+    keep = ops.convert_to_numpy(draws.keep((1000, 100), 1 - 1e-9))
+    assert keep.sum() < 12  # 1.5 expected.
+
+
+def test_rows_of_an_instance_are_kept_alike():
+    state = keras.random.SeedGenerator(0).next()
+    draws = sd.DropoutDraws(state, num_instances=2)
+    keep = ops.convert_to_numpy(draws.keep((6, 31), 0.5))
+    np.testing.assert_array_equal(keep, keep[[0, 0, 0, 3, 3, 3]])
+    assert (keep[0] != keep[3]).any()
+    alone = ops.convert_to_numpy(draws.only(1).keep((3, 31), 0.5))
+    np.testing.assert_array_equal(alone, keep[3:4])
 
 
 @given(
@@ -293,8 +324,8 @@ def test_no_nan_with_one_key_at_a_high_rate(size):
 def test_hidden_cut(pattern, rescale):
     rows, positions, features = 400, 10, 6
     hidden = np.ones((rows, positions, features), "float32")
-    uniform = uniform_of(0)
-    cut = array(sd.cut_hidden(hidden, 0.25, pattern, rescale, uniform))
+    draws = draws_of(0)
+    cut = array(sd.cut_hidden(hidden, 0.25, pattern, rescale, draws))
     kept = cut != 0
     assert_close(cut[kept], 1 / 0.75 if rescale else 1.0)
     deviation = {"element": 1 / 60, "column": 1 / 6, "span": 1 / 10}[pattern]
@@ -317,7 +348,7 @@ def test_hidden_cut(pattern, rescale):
 
 def test_hidden_cut_keeps_the_dtype():
     hidden = ops.ones((2, 3, 4), "bfloat16")
-    cut = sd.cut_hidden(hidden, 0.5, "element", True, uniform_of(0))
+    cut = sd.cut_hidden(hidden, 0.5, "element", True, draws_of(0))
     assert keras.backend.standardize_dtype(cut.dtype) == "bfloat16"
-    whole = sd.cut_hidden(scores_of()[0], 0.0, "span", True, uniform_of(0))
+    whole = sd.cut_hidden(scores_of()[0], 0.0, "span", True, draws_of(0))
     assert_close(whole, scores_of()[0])

@@ -9,6 +9,8 @@ Reference: [H], Wang et al., "LoRA Meets Dropout under a Unified Framework",
 dimensions, rows are queries and positions.
 """
 
+import copy
+
 import keras
 from keras import ops
 
@@ -31,39 +33,76 @@ class DropoutDraws:
             integer N: the batch consists of N blocks of rows, one for each
             instance of an ensemble, and the rows of a block are alike.
         instance: `None`, or which of the N instances the whole batch is.
+        stream: Integer, another one for each layer.
     """
 
-    def __init__(self, seed, num_instances=None, instance=None):
+    def __init__(self, seed, num_instances=None, instance=None, stream=0):
         self.seed = seed
         self.num_instances = num_instances
         self.instance = instance
+        self.stream = stream
 
     def only(self, instance):
         """Return what one of the N instances draws."""
-        return DropoutDraws(self.seed, self.num_instances, instance)
+        return self._but(instance=instance)
 
-    def uniform(self, shape, stream):
+    def of_layer(self, stream):
+        """Return what a layer draws."""
+        return self._but(stream=stream)
+
+    def uniform(self, shape):
         """Draw numbers in `[0, 1)`.
 
         Args:
             shape: Shape, whose first axis is that of the rows.
-            stream: Integer, another one for each layer.
 
         Returns:
             Float32 tensor that broadcasts to `shape`.
         """
-        offset = [(stream + 1) * _STREAM % 2**31, 0]
+        return self._draw(shape, draw_uniform)
+
+    def keep(self, shape, rate):
+        """Draw what stays, each entry alone, with probability `1 - rate`.
+
+        Sixteen bits decide on an entry, for half the price of a float: the
+        rate is met to within `2 ** -17`, one above `1 - 2 ** -16` becomes that.
+
+        Args:
+            shape: Shape, whose first axis is that of the rows.
+            rate: Float in `[0, 1)`.
+
+        Returns:
+            Boolean tensor that broadcasts to `shape`.
+        """
+        *leading, last = shape
+        words = self._draw((*leading, (last + 1) // 2), _draw_words)
+        halves = ops.view(words, "int16")[..., :last]
+        return halves >= min(round(rate * 2**16), 2**16 - 1) - 2**15
+
+    def _draw(self, shape, draw):
+        offset = [(self.stream + 1) * _STREAM % 2**31, 0]
         dtype = keras.backend.standardize_dtype(self.seed.dtype)
         seed = GivenSeed(self.seed + ops.convert_to_tensor(offset, dtype))
         if self.num_instances is None:
-            return draw_uniform(shape, seed)
-        values = draw_uniform((self.num_instances, *shape[1:]), seed)
+            return draw(shape, seed)
+        values = draw((self.num_instances, *shape[1:]), seed)
         if self.instance is not None:
             return values[self.instance : self.instance + 1]
         return ops.repeat(values, shape[0] // self.num_instances, axis=0)
 
+    def _but(self, **attributes):
+        changed = copy.copy(self)
+        vars(changed).update(attributes)
+        return changed
 
-def draw_keys(shape, valid, rate, pattern, uniform):
+
+def _draw_words(shape, seed):
+    """Draw 32 random bits each (but for one value, which never comes)."""
+    low, high = -(2**31), 2**31 - 1
+    return keras.random.randint(shape, low, high, dtype="int32", seed=seed)
+
+
+def draw_keys(shape, valid, rate, pattern, draws):
     """Draw which keys each query keeps, at least one of those it may see.
 
     Args:
@@ -76,8 +115,7 @@ def draw_keys(shape, valid, rate, pattern, uniform):
             for all queries of a head. `"span"`: likewise, one contiguous run
             of the keys that any query may see; a key is dropped with
             probability `rate` on average over the keys.
-        uniform: Function of a shape, whose first axis is that of the rows. It
-            draws numbers in `[0, 1)` that broadcast to it.
+        draws: The layer's `DropoutDraws`.
 
     Returns:
         Boolean tensor that broadcasts to `shape`: False for dropped keys and
@@ -88,11 +126,11 @@ def draw_keys(shape, valid, rate, pattern, uniform):
     columns = (*shape[:-2], 1, shape[-1])
     if pattern == "span":
         ranks, count = _ranks_of_keys(valid, shape[-1])
-        keep = _outside_span((*shape[:-2], 1, 1), ranks, count, rate, uniform)
+        keep = _outside_span((*shape[:-2], 1, 1), ranks, count, rate, draws)
         # Any key may stay in place of the last one; this needs no draws.
         order = ops.cast(ops.arange(shape[-1]), "float32")
     else:
-        order = uniform(shape if pattern == "element" else columns)
+        order = draws.uniform(shape if pattern == "element" else columns)
         keep = order >= rate
     return ops.logical_and(_or_the_highest(keep, order, valid), valid)
 
@@ -111,13 +149,13 @@ def _ranks_of_keys(valid, length):
     return ranks, ops.sum(seen, axis=-1, keepdims=True)
 
 
-def _outside_span(shape, ranks, count, rate, uniform):
+def _outside_span(shape, ranks, count, rate, draws):
     """Draw a run of about `rate * count` ranks; True for what is outside.
 
     Its length is one of the two integers next to that, so that the expected
     share of dropped ranks is `rate`.
     """
-    drawn = uniform((*shape, 2))
+    drawn = draws.uniform((*shape, 2))
     size = ops.floor(rate * count + drawn[..., 0])
     start = ops.floor(drawn[..., 1] * (count - size + 1))
     return ops.logical_or(ranks < start, ranks >= start + size)
@@ -142,7 +180,8 @@ def drop_keys(scores, keep):
     Returns:
         Attention weights in the dtype of the scores.
     """
-    return _normalized(_log_weights(scores, keep), keep, scores.dtype)
+    weights = ops.softmax(_masked(ops.cast(scores, "float32"), keep), axis=-1)
+    return ops.cast(ops.where(keep, weights, 0.0), scores.dtype)
 
 
 def drop_attention(scores, keep, valid=None):
@@ -160,20 +199,13 @@ def drop_attention(scores, keep, valid=None):
     Returns:
         Attention weights in the dtype of the scores.
     """
-    log_weights = _log_weights(scores, valid)
+    scores_of_valid = _masked(ops.cast(scores, "float32"), valid)
+    log_weights = ops.log_softmax(scores_of_valid, axis=-1)
     left = ops.logsumexp(_masked(log_weights, keep), axis=-1, keepdims=True)
     log_weights = log_weights - ops.stop_gradient(left)
-    return _normalized(log_weights, keep, scores.dtype)
-
-
-def _log_weights(scores, keep):
-    return ops.log_softmax(_masked(ops.cast(scores, "float32"), keep), axis=-1)
-
-
-def _normalized(log_weights, keep, dtype):
     # The exponential of what is dropped must not overflow on its way to zero.
     weights = ops.exp(_masked(log_weights, keep))
-    return ops.cast(ops.where(keep, weights, 0.0), dtype)
+    return ops.cast(ops.where(keep, weights, 0.0), scores.dtype)
 
 
 def _masked(values, keep):
@@ -182,7 +214,7 @@ def _masked(values, keep):
     return ops.where(keep, values, -1e9)
 
 
-def cut_hidden(hidden, rate, pattern, rescale, uniform):
+def cut_hidden(hidden, rate, pattern, rescale, draws):
     """Drop entries of hidden representations: HiddenCut.
 
     Args:
@@ -192,7 +224,7 @@ def cut_hidden(hidden, rate, pattern, rescale, uniform):
             `"column"`: whole features of a row. `"span"`: one contiguous run
             of positions of a row, with all their features.
         rescale: Boolean. Whether what stays is divided by `1 - rate`.
-        uniform: As in `draw_keys`.
+        draws: The layer's `DropoutDraws`.
 
     Returns:
         Tensor like `hidden`.
@@ -202,10 +234,10 @@ def cut_hidden(hidden, rate, pattern, rescale, uniform):
         ranks = ops.reshape(ops.arange(positions), (1, positions, 1))
         ranks = ops.cast(ranks, "float32")
         count = ops.cast(positions, "float32")
-        keep = _outside_span((rows, 1, 1), ranks, count, rate, uniform)
+        keep = _outside_span((rows, 1, 1), ranks, count, rate, draws)
     else:
         shape = rows, positions if pattern == "element" else 1, features
-        keep = uniform(shape) >= rate
+        keep = draws.keep(shape, rate)
     dtype = keras.backend.standardize_dtype(hidden.dtype)
-    scale = 1 / (1 - rate) if rescale else 1.0
-    return ops.multiply(hidden, ops.cast(ops.where(keep, scale, 0.0), dtype))
+    keep = ops.cast(keep, dtype)
+    return ops.multiply(hidden, keep / (1 - rate) if rescale else keep)

@@ -5,7 +5,6 @@ Reference: [H], Wang et al., "LoRA Meets Dropout under a Unified Framework",
 """
 
 import dataclasses
-import functools
 
 from keras import ops
 
@@ -32,16 +31,16 @@ class AttentionDropout:
         _check_rate(self.rate)
         validation.word("pattern", self.pattern, structured_dropout.PATTERNS)
 
-    def weights(self, scores, valid, uniform):
+    def weights(self, scores, valid, draws):
         """Return the attention weights.
 
         Args:
             scores: Tensor `(rows, heads..., T, S)`, before the softmax.
             valid: Boolean tensor that broadcasts to them, or `None`.
-            uniform: As in `structured_dropout.draw_keys`.
+            draws: The layer's `DropoutDraws`.
         """
         keep = structured_dropout.draw_keys(
-            ops.shape(scores), valid, self.rate, self.pattern, uniform
+            ops.shape(scores), valid, self.rate, self.pattern, draws
         )
         return self._attend(scores, keep, valid)
 
@@ -116,9 +115,9 @@ class HiddenCut:
         validation.word("pattern", self.pattern, structured_dropout.PATTERNS)
         validation.boolean("rescale", self.rescale)
 
-    def cut(self, hidden, uniform):
+    def cut(self, hidden, draws):
         return structured_dropout.cut_hidden(
-            hidden, self.rate, self.pattern, self.rescale, uniform
+            hidden, self.rate, self.pattern, self.rescale, draws
         )
 
 
@@ -133,8 +132,8 @@ class DroppingSoftmax(LayerMixin):
             mask = ops.cast(mask, "bool")
             missing = len(inputs.shape) - len(mask.shape)
             mask = ops.reshape(mask, (1,) * missing + tuple(ops.shape(mask)))
-        uniform = functools.partial(draws.uniform, stream=self.dropout_stream)
-        return self.dropout_settings.weights(inputs, mask, uniform)
+        draws = draws.of_layer(self.dropout_stream)
+        return self.dropout_settings.weights(inputs, mask, draws)
 
 
 class DroppingInputs(LayerMixin):
@@ -143,10 +142,8 @@ class DroppingInputs(LayerMixin):
     def __call__(self, inputs, *args, **kwargs):
         draws = current_dropout()
         if draws is not None:
-            uniform = functools.partial(
-                draws.uniform, stream=self.dropout_stream
-            )
-            cut = self.dropout_settings.cut(inputs, uniform)
+            draws = draws.of_layer(self.dropout_stream)
+            cut = self.dropout_settings.cut(inputs, draws)
             copy_mask(inputs, cut)
             inputs = cut
         return super().__call__(inputs, *args, **kwargs)
