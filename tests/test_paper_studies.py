@@ -165,7 +165,9 @@ def test_transformer_dropout_is_compared(command, output):
     assert labels.issuperset(chosen)
     words = "--tasks", "mrpc", "--seeds", 3, "--learning-rates", 0.001
     wanted = "|".join(f"^{re.escape(label)}$" for label in chosen)
-    command("transformer-dropout", *words, "--variants", wanted)
+    printed = command("transformer-dropout", *words, "--variants", wanted)
+    for label in chosen[1:]:  # The first may have been run before.
+        assert f"MRPC, {label}, seed 3, learning rate 0.001" in printed
     page = (output / "transformer-dropout.md").read_text()
     for label in chosen:
         assert f"| {label}" in page

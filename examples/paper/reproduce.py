@@ -136,7 +136,7 @@ def run(plan, store, rows_of):
     )
     while not all(cell in store for cell in plan.cells(store)):
         ran = [
-            run_cell(cell, store, rows_of(cell), progress)
+            run_cell(cell, plan.label(cell), store, rows_of(cell), progress)
             for cell in plan.cells(store)
             if cell not in store
         ]
@@ -145,10 +145,10 @@ def run(plan, store, rows_of):
     progress.end()
 
 
-def run_cell(cell, store, rows, progress):
+def run_cell(cell, label, store, rows, progress):
     """Run a cell unless another process does; say whether it was run."""
     name = (
-        f"{TASKS[cell.task].title}, {METHODS[cell.method].label}, seed "
+        f"{TASKS[cell.task].title}, {label}, seed "
         f"{cell.seed}, learning rate {cell.learning_rate:g}"
     )
     with store.claimed(cell) as folder:

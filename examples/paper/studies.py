@@ -180,6 +180,13 @@ class Plan:
             for seed in self.seeds
         ]
 
+    def label(self, cell):
+        """Return the label of the first variant that has the run."""
+        for variant in self.variants:
+            if cell in self.final(cell.task, variant, cell.learning_rate):
+                return variant.label
+        return METHODS[cell.method].label
+
     def chosen_rate(self, task, method, store):
         """Return the rate with the best score on the examples for selection.
 
