@@ -12,6 +12,7 @@ from keras_lora_dropout.conversion.model import SamplingSettings
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.targets import select_targets
 from keras_lora_dropout.conversion.targets import select_trainable
+from keras_lora_dropout.conversion.targets import values_by_pattern
 from keras_lora_dropout.conversion.trainable import freeze
 from keras_lora_dropout.conversion.trainable import trainable_flags
 from keras_lora_dropout.core import validation
@@ -33,6 +34,11 @@ def enable_lora_dropout(
     num_samples=4,
     rank_budget=None,
     target_layers="all-linear",
+    exclude_layers=None,
+    blocks="all",
+    rank_pattern=None,
+    alpha_pattern=None,
+    use_rslora=False,
     trainable_layers="head",
     mask_sharing="batch",
     mask_sampling="bernoulli",
@@ -77,6 +83,22 @@ def enable_lora_dropout(
             head. Or a list of layer names (or path endings), a regular
             expression that is searched in the layer path, or a callable
             `(path, layer) -> bool`.
+        exclude_layers: `None`, or a list, a regular expression or a callable
+            as above: which of these layers are not adapted after all.
+        blocks: Of which transformer blocks layers are adapted. `"all"`: of
+            all, and beside them; `"first n"` or `"last n"`, as in `"last 4"`;
+            or a list or range of indices, from 0, or from -1 downwards. What
+            lies before the first adapted layer is computed once for all N
+            instances.
+        rank_pattern: `None`, or a dictionary of ranks for layers that get
+            another one than `rank`. A key is a layer's name, the end of its
+            path, or a regular expression for one of these; of several that
+            match, the first counts. Not with a `rank_budget`.
+        alpha_pattern: Likewise of strengths.
+        use_rslora: Boolean. Whether `scaling` is `alpha / sqrt(rank)`, which
+            keeps the strength of high ranks ([Kalajdzievski,
+            2023](https://arxiv.org/abs/2312.03732)). It needs `alpha`. Layers
+            hold it as `lora_alpha = alpha * sqrt(rank)`.
         trainable_layers: What stays trainable besides the adapters. `"head"`:
             the layers outside the backbone (of a plain model, those that
             produce its outputs). `None`: nothing. Or names, a regular
@@ -107,10 +129,11 @@ def enable_lora_dropout(
         TypeError: If `model` is no `keras.Model`, or an argument has a type
             that is not listed.
         ValueError: If the model is not built or already adapted, if nothing
-            matches `target_layers`, if a selected layer is quantized to
-            anything but int8 and int4, constrained, too small for `rank` or
-            carries Keras's own LoRA, or if an argument is out of range. The
-            model is unchanged then.
+            matches `target_layers` or is left of it, if a pattern matches no
+            adapted layer, if a selected layer is quantized to anything but
+            int8 and int4, constrained, too small for its rank or carries
+            Keras's own LoRA, or if an argument is out of range. The model is
+            unchanged then.
 
     Example:
 
@@ -134,23 +157,29 @@ def enable_lora_dropout(
     rank = _initial_rank(rank, rank_budget)
     adapter_settings = {
         "adaptive": rank_budget is not None,
-        "rank": rank,
         "dropout_rate": validation.dropout_rate(dropout_rate),
         "rescale": validation.boolean("rescale", rescale),
     }
-    adapter_settings["alpha"] = validation.alpha(alpha, rank)
     validation.boolean("optimize", optimize)
     streams = random.Random(validation.seed(seed))
     _check_model(model)
-    targets = select_targets(model, target_layers)
+    targets = select_targets(model, target_layers, exclude_layers, blocks)
+    paths = [path for path, _ in targets]
+    ranks = _ranks(rank, rank_pattern, rank_budget, paths)
+    alphas = _alphas(alpha, alpha_pattern, use_rslora, ranks)
     for path, layer in targets:
-        adapt.check_adaptable(layer, rank, f'layer "{path}"')
+        adapt.check_adaptable(layer, ranks[path], f'layer "{path}"')
     trainable = select_trainable(model, trainable_layers)
 
     plain_trainable = trainable_flags(model)
-    for _, layer in targets:
-        layer_seed = streams.randrange(validation.MAX_SEED)
-        adapt.adapt(layer, seed=layer_seed, **adapter_settings)
+    for path, layer in targets:
+        adapt.adapt(
+            layer,
+            rank=ranks[path],
+            alpha=alphas[path],
+            seed=streams.randrange(validation.MAX_SEED),
+            **adapter_settings,
+        )
     freeze(model, trainable)
     seed = streams.randrange(validation.MAX_SEED)
     convert(model, settings, seed, rank_budget, plain_trainable, optimize)
@@ -167,6 +196,43 @@ def _initial_rank(rank, rank_budget):
     rank = rank_budget.initial_rank or rank
     check_target(rank_budget.target_rank, rank)
     return rank
+
+
+def _ranks(rank, rank_pattern, rank_budget, paths):
+    """Return `{path: rank}` of the adapted layers."""
+    if rank_pattern is not None and rank_budget is not None:
+        raise ValueError(
+            "`rank_pattern` goes with a fixed rank; a `rank_budget` chooses "
+            f"the ranks itself. Received: rank_pattern={rank_pattern!r}, "
+            f"rank_budget={rank_budget!r}. Leave one of them out."
+        )
+    own = values_by_pattern("rank_pattern", rank_pattern, paths)
+    return {
+        path: validation.positive_integer(f'rank_pattern["{path}"]', own[path])
+        if path in own
+        else rank
+        for path in paths
+    }
+
+
+def _alphas(alpha, alpha_pattern, use_rslora, ranks):
+    """Return `{path: alpha}`, with `scaling = alpha / rank`."""
+    validation.boolean("use_rslora", use_rslora)
+    own = values_by_pattern("alpha_pattern", alpha_pattern, list(ranks))
+    alphas = {}
+    for path, rank in ranks.items():
+        given = own.get(path, alpha)
+        if use_rslora and given is None:
+            raise ValueError(
+                "`use_rslora=True` divides `alpha` by the square root of the "
+                f"rank, so it needs one. Received: alpha={alpha!r} for layer "
+                f'"{path}". Pass e.g. `alpha=16`.'
+            )
+        name = f'alpha_pattern["{path}"]' if path in own else "alpha"
+        alphas[path] = validation.alpha(given, rank, name)
+        if use_rslora:
+            alphas[path] *= math.sqrt(rank)
+    return alphas
 
 
 def _check_model(model):

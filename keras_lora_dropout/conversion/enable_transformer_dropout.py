@@ -1,7 +1,6 @@
 """`enable_transformer_dropout` and `hidden_key`: select, check, report."""
 
 import logging
-import numbers
 
 from keras_lora_dropout.architectures import attention_softmax
 from keras_lora_dropout.architectures import transformer_blocks
@@ -15,8 +14,6 @@ from keras_lora_dropout.layers.transformer_dropout import HiddenCut
 from keras_lora_dropout.training.consistency import Consistency
 
 logger = logging.getLogger("keras_lora_dropout")
-
-_BLOCKS = "auto", "all"
 
 
 def enable_transformer_dropout(
@@ -51,8 +48,9 @@ def enable_transformer_dropout(
         hidden: `HiddenCut` or `None`.
         consistency: `Consistency` or `None`.
         blocks: Which blocks drop. `"auto"`: the latter half of a decoder-only
-            model, as in the paper, and all of any other. `"all"`. Or a list of
-            indices, from 0, or from -1 downwards.
+            model, as in the paper, and all of any other. `"all"`; `"first n"`
+            or `"last n"`, as in `"last 4"`; or a list or range of indices,
+            from 0, or from -1 downwards.
 
     Returns:
         The same `model` object.
@@ -176,38 +174,11 @@ def _check_type(name, value, cls, allowed):
 
 
 def _chosen_blocks(model, blocks):
-    found = transformer_blocks.transformer_blocks(model)
-    if not found:
-        raise ValueError(
-            f'Model "{model.name}" has no transformer blocks: none of its '
-            "layers contains an attention layer with a softmax."
-        )
-    if blocks == "auto":
+    if isinstance(blocks, str) and blocks == "auto":
+        found = transformer_blocks.choose_blocks(model, "all")
         is_decoder = transformer_blocks.is_decoder_only(found)
         return found[len(found) // 2 :] if is_decoder else found
-    if blocks == "all":
-        return found
-    is_list = isinstance(blocks, list | tuple | range)
-    if not is_list or not all(_is_index(n, len(found)) for n in blocks):
-        raise ValueError(
-            '`blocks` must be "auto", "all" or a list of indices of the '
-            f"{len(found)} blocks of model "
-            f'"{model.name}". Received: blocks={blocks!r}.'
-        )
-    indices = sorted({n % len(found) for n in blocks})
-    if not indices:
-        raise ValueError(
-            "`blocks` must name at least one block. Received: "
-            f"blocks={blocks!r}."
-        )
-    return [found[n] for n in indices]
-
-
-def _is_index(value, count):
-    is_integer = isinstance(value, numbers.Integral)
-    return (
-        is_integer and not isinstance(value, bool) and -count <= value < count
-    )
+    return transformer_blocks.choose_blocks(model, blocks)
 
 
 def _attention_layers(model, blocks):

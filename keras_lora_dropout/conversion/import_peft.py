@@ -4,7 +4,17 @@ from keras_lora_dropout.conversion.enable import enable_lora_dropout
 from keras_lora_dropout.conversion.import_plan import ImportPlan
 from keras_lora_dropout.conversion.model import AdaptedModel
 
-_FROM_FILE = ("rank", "alpha", "target_layers", "rank_budget")
+_FROM_FILE = (
+    "rank",
+    "alpha",
+    "target_layers",
+    "exclude_layers",
+    "blocks",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "rank_budget",
+)
 
 
 def import_peft(model, directory, **options):
@@ -27,7 +37,7 @@ def import_peft(model, directory, **options):
         **options: For a plain model, arguments of `enable_lora_dropout`:
             `dropout_rate`, `num_samples`, `trainable_layers`, `mask_sharing`,
             `mask_sampling`, `rescale`, `sampling`, `seed`. The adapter itself
-            says `rank`, `alpha` and `target_layers`.
+            says which layers are adapted, and with which rank and strength.
 
     Returns:
         The same `model` object.

@@ -7,6 +7,7 @@ import random
 
 import keras
 
+from keras_lora_dropout.conversion.adapter_summary import AdapterSummary
 from keras_lora_dropout.conversion.adapters import Adapters
 from keras_lora_dropout.conversion.adaptive_rank import AdaptiveRank
 from keras_lora_dropout.conversion.deployment import Deployment
@@ -66,6 +67,7 @@ class SamplingSettings:
 class AdaptedModel(
     Saving,
     Adapters,
+    AdapterSummary,
     Merging,
     PeftExchange,
     Deployment,

@@ -7,6 +7,7 @@ import keras
 from keras_lora_dropout.architectures.blocks import backbone_of
 from keras_lora_dropout.architectures.blocks import block_layers
 from keras_lora_dropout.architectures.blocks import head_layers
+from keras_lora_dropout.architectures.transformer_blocks import choose_blocks
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.layers.adapt import can_adapt
 
@@ -32,7 +33,7 @@ def layer_paths(model):
     return paths
 
 
-def select_targets(model, target_layers):
+def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
     """Return `[(path, layer)]` of the linear layers to adapt.
 
     Args:
@@ -40,9 +41,13 @@ def select_targets(model, target_layers):
         target_layers: `"all-linear"`, another string (a regular expression
             that `re.search` looks for in the path), a list of layer names or
             path endings, or a callable `(path, layer) -> bool`.
+        exclude_layers: `None`, or a string, list or callable as above: which
+            of them are left out.
+        blocks: `"all"`, or which blocks' layers alone are adapted, as in
+            `choose_blocks`.
 
     Raises:
-        TypeError: If `target_layers` is none of these.
+        TypeError: If a selector is none of these.
         ValueError: If nothing, or not every name, matches a linear layer.
     """
     paths = layer_paths(model)
@@ -52,10 +57,26 @@ def select_targets(model, target_layers):
         chosen = [(p, lyr) for p, lyr in linear.items() if id(lyr) in wanted]
     else:
         chosen = _match("target_layers", target_layers, linear)
+    takes_all = isinstance(blocks, str) and blocks == "all"
+    if not takes_all:
+        inside = {
+            id(layer)
+            for block in choose_blocks(model, blocks)
+            for layer in (block, *descendants(block))
+        }
+        chosen = [(p, lyr) for p, lyr in chosen if id(lyr) in inside]
+    if exclude_layers is not None:
+        excluded = dict(_match("exclude_layers", exclude_layers, linear))
+        chosen = [(p, lyr) for p, lyr in chosen if p not in excluded]
     if not chosen:
+        received = f"target_layers={target_layers!r}"
+        if exclude_layers is not None:
+            received += f", exclude_layers={exclude_layers!r}"
+        if not takes_all:
+            received += f", blocks={blocks!r}"
         raise ValueError(
             "`enable_lora_dropout` found no layer to adapt in model "
-            f'"{model.name}". Received: target_layers={target_layers!r}. '
+            f'"{model.name}". Received: {received}. '
             f"{_adaptable(linear)} Name some of these in `target_layers`; "
             '"all-linear" means every linear layer but the output head.'
         )
@@ -92,6 +113,56 @@ def select_trainable(model, trainable_layers):
             ' Pass some of these, or "head", or None.'
         )
     return [layer for _, layer in chosen]
+
+
+def values_by_pattern(argument, patterns, paths):
+    """Return `{path: value}` of the layers that a dictionary names.
+
+    Args:
+        argument: String. Name of the argument, for messages.
+        patterns: `None`, or a dictionary. Each key is a layer name, a path
+            ending or a regular expression for one; of several that match a
+            path, the first counts.
+        paths: List of paths of the adapted layers.
+
+    Raises:
+        TypeError: If `patterns` is neither.
+        ValueError: If a key matches no path, or is no regular expression.
+    """
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, dict) or not all(
+        isinstance(key, str) for key in patterns
+    ):
+        raise TypeError(
+            f"`{argument}` must be None or a dictionary from layer names, path "
+            "endings or regular expressions to values, e.g. "
+            f'{argument}={{"query": 4}}. Received: {argument}={patterns!r}.'
+        )
+    found = {}
+    for key, value in patterns.items():
+        matches = [p for p in paths if _ending(argument, key).search(p)]
+        if not matches:
+            raise ValueError(
+                f"`{argument}` has a key that matches no adapted layer: "
+                f"{key!r}. A key is a layer's name, the end of its path, or a "
+                "regular expression for one of these. Received: "
+                f"{argument}={patterns!r}. The adapted layers are "
+                f"{_quoted(paths)}."
+            )
+        for path in matches:
+            found.setdefault(path, value)
+    return found
+
+
+def _ending(argument, key):
+    try:
+        return re.compile(rf"(?:^|/)(?:{key})$")
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` has a key that is no valid regular expression: "
+            f"{key!r} ({error})."
+        ) from error
 
 
 def _all_linear(model):
@@ -158,6 +229,9 @@ def _adaptable(linear):
 
 
 def _quoted_names(paths):
-    names = sorted({layer.name for layer in paths.values()})
+    return _quoted(sorted({layer.name for layer in paths.values()}))
+
+
+def _quoted(names):
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return ", ".join(f'"{name}"' for name in names[:20]) + more

@@ -63,15 +63,15 @@ def number(name, value, allowed, low=None, high=math.inf):
     )
 
 
-def alpha(value, rank):
+def alpha(value, rank, name="alpha"):
     """Return the strength as `float`; `None` means `rank` (scaling 1)."""
     if value is None:
         return float(rank)
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_real or not math.isfinite(value) or value <= 0:
         raise ValueError(
-            "`alpha` must be a positive finite number, or None for alpha = "
-            f"rank (scaling 1). Received: alpha={value!r}."
+            f"`{name}` must be a positive finite number, or None for alpha = "
+            f"rank (scaling 1). Received: {name}={value!r}."
         )
     return float(value)
 
