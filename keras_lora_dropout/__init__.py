@@ -17,6 +17,7 @@ from keras_lora_dropout.layers.lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout.layers.transformer_dropout import DropAttention
 from keras_lora_dropout.layers.transformer_dropout import DropKey
 from keras_lora_dropout.layers.transformer_dropout import HiddenCut
+from keras_lora_dropout.lora_plus import lora_plus
 from keras_lora_dropout.metrics import BrierScore
 from keras_lora_dropout.metrics import ExpectedCalibrationError
 from keras_lora_dropout.question_answering.extractive_qa import ExtractiveQA
@@ -43,5 +44,6 @@ __all__ = [
     "enable_transformer_dropout",
     "hidden_key",
     "import_peft",
+    "lora_plus",
     "unmerge_adapters",
 ]
