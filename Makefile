@@ -19,7 +19,7 @@ CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
 	tests/test_adapters.py tests/test_several_adapters.py \
 	tests/test_merging.py tests/test_deployment.py
 
-.PHONY: demo test lint test-jax test-torch test-tensorflow clean
+.PHONY: demo test test-all lint test-jax test-torch test-tensorflow clean
 
 demo: $(DEMO_ENV)/.installed
 	KERAS_BACKEND=$(KERAS_BACKEND) $(DEMO_ENV)/bin/python examples/demo.py
@@ -28,6 +28,10 @@ demo: $(DEMO_ENV)/.installed
 test: $(TEST_ENV)/.installed
 	$(MAKE) lint
 	$(MAKE) --jobs 2 --output-sync=target test-jax test-torch test-tensorflow
+
+# Every KerasHub task on JAX, too, which takes its time to compile.
+test-all: export ALL_MODELS = 1
+test-all: test
 
 lint: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/ruff check .

@@ -327,17 +327,18 @@ def head_variables(model):
 def fingerprint(model):
     """Return the SHA-256 of the weights that no adapter changes.
 
-    Paths, shapes, dtypes and every value count; the factors, the head and the
-    state of ranks do not.
+    Order, names, shapes, dtypes and every value count; the factors, the head
+    and the state of ranks do not. Nor do paths, which Keras changes when it
+    builds a layer late.
     """
     adapter = {**own_variables(model), **head_variables(model)}
     ours = {id(variable) for variable in adapter.values()}
     digest = hashlib.sha256()
-    for path, layer in {"": model, **layer_paths(model)}.items():
+    for layer in (model, *layer_paths(model).values()):
         for variable in own_weights(layer):
             if id(variable) not in ours:
                 array = np.ascontiguousarray(array_of(variable))
-                header = path, variable.name, array.shape, array.dtype.name
+                header = variable.name, array.shape, array.dtype.name
                 digest.update(repr(header).encode())
                 digest.update(array.view(np.uint8).data)
     return digest.hexdigest()

@@ -5,6 +5,7 @@ import logging
 import random
 
 from keras_lora_dropout.conversion import adapter_state
+from keras_lora_dropout.conversion import stable_paths
 from keras_lora_dropout.conversion.adapter_state import AdapterState
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.rank_budget import check_rank_budget
@@ -56,7 +57,10 @@ class Adapters:
             "rank_pattern": self.rank_pattern(),
             "base_fingerprint": adapter_state.fingerprint(self),
         }
-        write_adapter_files(path, settings, state.tensors)
+        state = stable_paths.to_file(
+            self, AdapterState(settings, state.tensors)
+        )
+        write_adapter_files(path, state.settings, state.tensors)
 
     def load_adapters(self, path, *, check_fingerprint=True):
         """Read an adapter into the place of the active one.
@@ -82,7 +86,7 @@ class Adapters:
         """
         validation.boolean("check_fingerprint", check_fingerprint)
         self._require_built()
-        state, fingerprint = _read(path)
+        state, fingerprint = _read(self, path)
         found = adapter_state.differences(self, state)
         found += adapter_state.kind_differences(self, state)
         self._check_fit(path, found, fingerprint, check_fingerprint)
@@ -149,7 +153,7 @@ class Adapters:
                     f"path={str(path)!r} and {', '.join(given)}. Leave the "
                     "latter out."
                 )
-            state, fingerprint = _read(path)
+            state, fingerprint = _read(self, path)
             found = adapter_state.differences(self, state)
             self._check_fit(path, found, fingerprint)
         self._inactive_adapters[name] = state
@@ -291,12 +295,13 @@ def _check_name(name):
         )
 
 
-def _read(path):
+def _read(model, path):
     """Return the `AdapterState` and the base's fingerprint of a directory."""
     settings, tensors = read_adapter_files(path)
     settings = adapter_state.checked_settings(settings, path)
     fingerprint = settings.pop("base_fingerprint")
-    return AdapterState(settings, tensors), fingerprint
+    state = AdapterState(settings, tensors)
+    return stable_paths.from_file(model, state), fingerprint
 
 
 def _layer_options(path, own, options, budget, streams):

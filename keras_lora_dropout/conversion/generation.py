@@ -87,9 +87,9 @@ class Generation:
         self._set_ensemble_seed(seed)
         batches = []
         with self._generating(request, batches):
-            outputs = self.generate(
-                inputs, max_length, stop_token_ids, strip_prompt
-            )
+            # The `generate` of some models, such as Phi-3, lacks the last one.
+            more = {"strip_prompt": True} if strip_prompt else {}
+            outputs = self.generate(inputs, max_length, stop_token_ids, **more)
         if return_uncertainty:
             return outputs, uncertainty_of(batches)
         return outputs

@@ -7,6 +7,7 @@ import keras
 from keras_lora_dropout.architectures.blocks import backbone_of
 from keras_lora_dropout.architectures.blocks import block_layers
 from keras_lora_dropout.architectures.blocks import head_layers
+from keras_lora_dropout.architectures.direct_kernels import uncalled_layers
 from keras_lora_dropout.architectures.transformer_blocks import choose_blocks
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.layers.adapt import can_adapt
@@ -52,8 +53,9 @@ def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
     """
     paths = layer_paths(model)
     linear = {p: lyr for p, lyr in paths.items() if isinstance(lyr, LINEAR)}
+    uncalled = uncalled_layers(model)
     if isinstance(target_layers, str) and target_layers == "all-linear":
-        wanted = _all_linear(model)
+        wanted = _all_linear(model) - uncalled
         chosen = [(p, lyr) for p, lyr in linear.items() if id(lyr) in wanted]
     else:
         chosen = _match("target_layers", target_layers, linear)
@@ -81,6 +83,13 @@ def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
             '"all-linear" means every linear layer but the output head.'
         )
     for path, layer in chosen:
+        if id(layer) in uncalled:
+            raise ValueError(
+                f'Cannot adapt layer "{path}": its block multiplies by the '
+                "kernel itself and never calls the layer, so an adapter would "
+                "have no part in the model. Leave it out with "
+                "`exclude_layers`."
+            )
         if not can_adapt(layer):
             raise ValueError(
                 f'Cannot adapt layer "{path}": {type(layer).__name__} has a '
@@ -166,12 +175,18 @@ def _ending(argument, key):
 
 
 def _all_linear(model):
-    """Ids of the layers of the blocks; of a plain model all but its head."""
+    """Ids of the layers of the blocks; of a plain model all but its head.
+
+    Layers of one unit, such as the gate of a shared expert, are none of them:
+    such a kernel has no lower rank.
+    """
     backbone = backbone_of(model)
     if backbone is not None:
-        return set(map(id, block_layers(backbone)))
-    heads = {id(layer) for layer in head_layers(model)}
-    return {id(layer) for layer in descendants(model) if id(layer) not in heads}
+        layers = block_layers(backbone)
+    else:
+        heads = {id(layer) for layer in head_layers(model)}
+        layers = (lyr for lyr in descendants(model) if id(lyr) not in heads)
+    return {id(lyr) for lyr in layers if getattr(lyr, "units", None) != 1}
 
 
 def _match(argument, selector, paths):

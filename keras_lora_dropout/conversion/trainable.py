@@ -53,7 +53,9 @@ def trainable_flags(model):
 
     Returns:
         Dictionary of layer path -> list of booleans: the layer's own flag, then
-        those of the variables that it holds itself. The model is `""`.
+        those of the variables that it holds itself. The model is `""`. Layers
+        are in forward order, which stays; Keras changes the path of a layer
+        without weights when it is called for the first time.
     """
     return {
         path: [layer.trainable, *(v.trainable for v in own_weights(layer))]
@@ -68,14 +70,13 @@ def set_trainable_flags(model, flags):
         model: The model, with the layers and weights that it had then.
         flags: What `trainable_flags` returned.
     """
-    layers = {"": model, **layer_paths(model)}
+    layers = [model, *layer_paths(model).values()]
+    given = list(zip(layers, flags.values(), strict=True))
     # A layer hands its flag down to its sublayers, so parents go first.
-    for path, layer in layers.items():
-        layer.trainable = flags[path][0]
-    for path, layer in layers.items():
-        for variable, flag in zip(
-            own_weights(layer), flags[path][1:], strict=True
-        ):
+    for layer, (trainable, *_) in given:
+        layer.trainable = trainable
+    for layer, (_, *own) in given:
+        for variable, flag in zip(own_weights(layer), own, strict=True):
             variable.trainable = flag
 
 

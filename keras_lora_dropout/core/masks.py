@@ -73,6 +73,9 @@ class MaskPlan:
         self.keeps_prefix = False
         self.spreads_prefix = False
         self.layout_checked = False
+        # Ids of the layers whose adapters were called; whether anyone looked.
+        self.called = set()
+        self.usage_checked = False
 
     def touches(self, operation):
         """Whether each instance has an operation for itself.

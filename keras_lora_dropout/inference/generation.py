@@ -84,7 +84,10 @@ def generate_step(model, plain_step, request, inputs, *args, **kwargs):
             model, instances.tile(inputs, count), *args, **kwargs
         )
     first = {
-        name: instances.split(tensor, count, rows)[0]
+        # Gemma 3 hands on the images that a text has not.
+        name: None
+        if tensor is None
+        else instances.split(tensor, count, rows)[0]
         for name, tensor in outputs.items()
     }
     return {**first, **sampler.measures}

@@ -188,6 +188,9 @@ class LoRADropoutAdapter(Unquantizable):
             the pass asks for them.
         """
         axes = self._axes
+        active = masks.current_draws()
+        if active is not None and active.covers(self):
+            active.plan.called.add(id(self))
         # Factors are float32 under any policy, arithmetic is not.
         factor_a, factor_b = (
             ops.expand_dims(factor, 0)

@@ -23,6 +23,7 @@ from keras_lora_dropout.training.consistency import compared_tensors
 from keras_lora_dropout.training.consistency import consistency_loss
 from keras_lora_dropout.training.consistency import partners_among
 from keras_lora_dropout.training.row_losses import is_mean_over_rows
+from keras_lora_dropout.training.unused_adapters import warn_of_unused
 
 
 def draw_passes(model, x):
@@ -157,6 +158,7 @@ def pass_loss(model, x, y, sample_weight, kept, partner):
     count = instances_per_pass(model)
     with shared_prefix.reuse(kept), recorded_inputs() as representations:
         outputs = layout.run_parallel(model, _forward(model), x, count)
+    warn_of_unused(model)
     reported = {}
     if model.consistency is not None:
         tensors = compared_tensors(model, outputs, representations)

@@ -1,0 +1,199 @@
+"""Tiny models of KerasHub's text families, built without a preset."""
+
+import inspect
+
+import keras
+import keras_hub
+import numpy as np
+
+VOCABULARY, LENGTH, ROWS = 24, 8, 3
+models = keras_hub.models
+
+ENCODER = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+}
+WITH_POSITIONS = {**ENCODER, "max_sequence_length": LENGTH}
+DECODER = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+}
+WITH_HEAD_SIZE = {**DECODER, "head_dim": 8}
+LINEAR_ATTENTION = {
+    "partial_rotary_factor": 0.5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "top_k": 2}
+
+
+def without(config, *names, **others):
+    kept = {name: v for name, v in config.items() if name not in names}
+    return {**kept, **others}
+
+
+def two_sides():
+    one = {
+        "hidden_dim": 16,
+        "intermediate_dim": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    both = {
+        f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in one.items()
+    }
+    return {"vocabulary_size": VOCABULARY, "sliding_window": 4, **both}
+
+
+# Arguments of each backbone, by its class.
+TINY = {
+    "AlbertBackbone": {**WITH_POSITIONS, "embedding_dim": 8},
+    "BartBackbone": WITH_POSITIONS,
+    "BertBackbone": WITH_POSITIONS,
+    "BloomBackbone": ENCODER,
+    "DebertaV3Backbone": {**WITH_POSITIONS, "bucket_size": 4},
+    "DistilBertBackbone": WITH_POSITIONS,
+    "ESMBackbone": WITH_POSITIONS,
+    "EdRecBackbone": {
+        "vocab_size": VOCABULARY,
+        "num_layers_enc": 2,
+        "num_layers_dec": 2,
+        "hidden_dim": 16,
+        "intermediate_dim": 32,
+        "num_heads": 2,
+    },
+    "FNetBackbone": without(WITH_POSITIONS, "num_heads"),
+    "FalconBackbone": without(ENCODER, "num_heads", num_attention_heads=2),
+    "GPT2Backbone": WITH_POSITIONS,
+    "GPTNeoXBackbone": {**WITH_POSITIONS, "rotary_percentage": 0.5},
+    "Gemma3Backbone": {**WITH_HEAD_SIZE, "image_size": 16},
+    "Gemma4Backbone": {**WITH_HEAD_SIZE, "image_size": 16},
+    "GemmaBackbone": WITH_HEAD_SIZE,
+    "GptOssBackbone": {**DECODER, **EXPERTS},
+    "Llama3Backbone": DECODER,
+    "LlamaBackbone": DECODER,
+    "MistralBackbone": DECODER,
+    "MixtralBackbone": {**DECODER, **EXPERTS},
+    "OPTBackbone": WITH_POSITIONS,
+    "Phi3Backbone": DECODER,
+    "Qwen3Backbone": WITH_HEAD_SIZE,
+    "Qwen3MoeBackbone": {
+        **WITH_HEAD_SIZE,
+        **EXPERTS,
+        "moe_intermediate_dim": 16,
+    },
+    "Qwen3_5Backbone": {**WITH_HEAD_SIZE, **LINEAR_ATTENTION},
+    "Qwen3_5MoeBackbone": without(
+        {**WITH_HEAD_SIZE, **LINEAR_ATTENTION, **EXPERTS},
+        "intermediate_dim",
+        moe_intermediate_dim=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "QwenBackbone": DECODER,
+    "QwenMoeBackbone": {
+        **DECODER,
+        **EXPERTS,
+        "moe_intermediate_dim": 16,
+        "shared_expert_intermediate_dim": 16,
+    },
+    "RWKV7Backbone": {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 2,
+        "hidden_size": 16,
+        "head_size": 8,
+        "intermediate_dim": 32,
+        "gate_lora": 4,
+        "mv_lora": 4,
+        "aaa_lora": 4,
+        "decay_lora": 4,
+    },
+    "RobertaBackbone": WITH_POSITIONS,
+    "RoformerV2Backbone": {**ENCODER, "head_size": 8},
+    "SmolLM3Backbone": {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": 2,
+        "hidden_dim": 16,
+        "intermediate_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_layer_enabled_list": [True, False],
+        "layer_types": ["full_attention"] * 2,
+        "mlp_bias": False,
+        "layer_norm_epsilon": 1e-6,
+        "max_position_embeddings": 16,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+    },
+    "T5Backbone": ENCODER,
+    "T5Gemma2Backbone": two_sides(),
+    "T5GemmaBackbone": two_sides(),
+    "XLMRobertaBackbone": WITH_POSITIONS,
+}
+
+
+def task_classes():
+    """Return `{name: class}` of the tasks whose backbone is among these.
+
+    Deprecated names stand for classes that have another one.
+    """
+    found = {}
+    for name, cls in sorted(vars(models).items()):
+        if not (inspect.isclass(cls) and issubclass(cls, models.Task)):
+            continue
+        backbone = getattr(cls, "backbone_cls", None)
+        is_known = backbone is not None and backbone.__name__ in TINY
+        if is_known and cls.__name__ == name and cls not in found.values():
+            found[name] = cls
+    # It is made of two models.
+    del found["Gemma4AssistantCausalLM"]
+    return found
+
+
+def build(name):
+    """Build a task with the same weights each time."""
+    keras.utils.set_random_seed(0)
+    cls = getattr(models, name)
+
+    def accepted(by, options):
+        names = inspect.signature(by.__init__).parameters
+        return {k: v for k, v in options.items() if k in names}
+
+    # Ordinary dropout would hide that parallel instances are those in sequence.
+    no_dropout = {"dropout": 0.0, "dropout_rate": 0.0}
+    config = TINY[cls.backbone_cls.__name__]
+    backbone = cls.backbone_cls(
+        **config, **accepted(cls.backbone_cls, no_dropout)
+    )
+    head = accepted(cls, {**no_dropout, "num_classes": 3})
+    return cls(backbone=backbone, preprocessor=None, **head)
+
+
+def inputs_of(model, rows=ROWS):
+    """Random tokens, all valid, and whatever else a task takes."""
+    generator = np.random.default_rng(0)
+
+    def values(tensor):
+        shape = (rows, *(size or LENGTH for size in tensor.shape[1:]))
+        if "mask_positions" in tensor.name:
+            return np.tile(np.arange(shape[1], dtype="int32"), (rows, 1))
+        if "mask" in tensor.name:
+            return np.ones(shape, "int32")
+        if "segment" in tensor.name:
+            return np.zeros(shape, "int32")
+        return generator.integers(1, VOCABULARY, shape).astype("int32")
+
+    return keras.tree.map_structure(values, model.input)

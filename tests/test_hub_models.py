@@ -1,0 +1,201 @@
+"""Every text task of KerasHub: adapt, train, average, merge, save, generate."""
+
+import os
+
+import hub_models
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND
+from hub_models import models
+from keras import ops
+
+import keras_lora_dropout as kld
+from keras_lora_dropout.core.instances import LayoutError
+
+# Their routers and experts see all tokens of a batch in one row of them.
+MIXTURES = ("GptOss", "Mixtral", "QwenMoe", "Qwen3Moe", "Qwen3_5Moe")
+# Blocks that read these kernels, and never call the layers.
+UNCALLED = {"Gemma4": ("ffw_gating", "ffw_gating_2", "ffw_linear")}
+TASKS = list(hub_models.task_classes())
+# Compilation takes its time: `make test-all` has all of them on JAX, too.
+FEW = (
+    "AlbertTextClassifier",
+    "BloomCausalLM",
+    "Gemma4CausalLM",
+    "MixtralCausalLM",
+    "Qwen3_5CausalLM",
+    "SmolLM3CausalLM",
+    "T5GemmaSeq2SeqLM",
+)
+if BACKEND != "torch" and not os.environ.get("ALL_MODELS"):
+    TASKS = [name for name in TASKS if name in FEW]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`shuffle=True` was passed"),
+    # KerasHub's own: RWKV7, RoFormer V2, T5.
+    pytest.mark.filterwarnings("ignore:.*'rwkv_ops' package is not installed"),
+    pytest.mark.filterwarnings(r"ignore:(?s)(.*Using a non-tuple sequence)"),
+    pytest.mark.filterwarnings("ignore:.*looks like it has unbuilt state"),
+    pytest.mark.filterwarnings("ignore:.*does not support masking"),
+]
+
+
+def is_mixture(name):
+    return name.startswith(MIXTURES)
+
+
+def sampling_of(name):
+    return "sequential" if is_mixture(name) else "parallel"
+
+
+def adapted(name, **options):
+    options = {"sampling": sampling_of(name), **options}
+    model = hub_models.build(name)
+    kld.enable_lora_dropout(model, rank=2, num_samples=2, seed=0, **options)
+    # KerasHub's own metrics take labels.
+    nothing = {"metrics": [], "weighted_metrics": []}
+    # Each tiny model runs once or twice: not worth compiling.
+    model.compile(
+        keras.optimizers.Adam(0.01), "mse", run_eagerly=True, **nothing
+    )
+    return model
+
+
+def arrays(variables):
+    return [np.array(ops.convert_to_numpy(v)) for v in variables]
+
+
+def assert_same(actual, expected, tolerance=1e-4):
+    for a, b in zip(
+        keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trained(name):
+    """A task after one step, what it was fed, and what the step left alone."""
+    model = adapted(name)
+    x = hub_models.inputs_of(model)
+    before = model.predict(x, verbose=0)
+    assert_same(before, hub_models.build(name).predict(x, verbose=0))
+    generator = np.random.default_rng(1)
+    y = keras.tree.map_structure(
+        lambda out: generator.normal(size=out.shape).astype("float32"), before
+    )
+    frozen = [
+        w for w in model.weights if not w.trainable and "seed" not in w.name
+    ]
+    frozen = list(zip(frozen, arrays(frozen), strict=True))
+    factors = {path: arrays(lyr.factors) for path, lyr in model.adapted_layers}
+    model.fit(x, y, batch_size=hub_models.ROWS, epochs=2, verbose=0)
+    return model, x, frozen, factors
+
+
+def test_all_linear_layers_of_the_blocks_are_adapted(name):
+    model = hub_models.build(name)
+    linear = keras.layers.Dense, keras.layers.EinsumDense
+    left_out = next((v for k, v in UNCALLED.items() if name.startswith(k)), ())
+    expected = [
+        layer
+        for part in model.backbone._flatten_layers(
+            include_self=False, recursive=False
+        )
+        if "embedding" not in part.name and not isinstance(part, linear)
+        for layer in part._flatten_layers()
+        if isinstance(layer, linear)
+        and getattr(layer, "units", 0) != 1
+        and layer.name not in left_out
+    ]
+    kld.enable_lora_dropout(model, rank=1)
+    found = [layer for _, layer in model.adapted_layers]
+    assert {id(layer) for layer in found} == {id(layer) for layer in expected}
+    assert len(found) >= 4
+
+
+def test_layers_that_their_block_goes_past_are_refused():
+    model = hub_models.build("Gemma4CausalLM")
+    with pytest.raises(ValueError, match=r"ffw_linear.*never calls the layer"):
+        kld.enable_lora_dropout(model, target_layers=["ffw_linear"], rank=2)
+
+
+def test_training_reaches_all_adapters_and_nothing_frozen(trained):
+    model, _, frozen, factors = trained
+    for variable, value in frozen:
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), value)
+    for path, layer in model.adapted_layers:
+        # Gradients of A may be too small for its values to show.
+        _, b = arrays(layer.factors)
+        assert np.isfinite(b).all() and (b != factors[path][1]).any(), path
+
+
+def test_ensemble_is_the_mean_of_instances_that_differ(trained):
+    model, x, _, _ = trained
+    options = {"num_samples": 2, "seed": 1, "verbose": 0}
+    samples = model.ensemble_predict(x, return_samples=True, **options)
+    mean = model.ensemble_predict(x, **options)
+    assert_same(mean, keras.tree.map_structure(lambda s: s.mean(0), samples))
+    for sample in keras.tree.flatten(samples):
+        assert np.abs(sample[0] - sample[1]).max() > 1e-6
+
+
+def test_parallel_instances_are_those_in_sequence(name):
+    first, second = (
+        adapted(name, sampling="sequential"),
+        adapted(name, sampling="parallel"),
+    )
+    x = hub_models.inputs_of(first)
+    outputs = first.predict(x, verbose=0)
+    y = keras.tree.map_structure(np.ones_like, outputs)
+    first.train_on_batch(x, y)
+    if is_mixture(name):
+        with pytest.raises(Exception, match="sequential") as error:
+            second.train_on_batch(x, y)
+        assert isinstance(error.value, LayoutError | ValueError)
+        return
+    second.train_on_batch(x, y)
+    for (_, a), (_, b) in zip(
+        first.adapted_layers, second.adapted_layers, strict=True
+    ):
+        assert_same(arrays(a.factors), arrays(b.factors), 2e-4)
+
+
+def test_adapters_survive_files_and_merging(name, trained, tmp_path):
+    model, x, _, _ = trained
+    expected = model.predict(x, verbose=0)
+    model.save_adapters(tmp_path / "adapters")
+    loaded = adapted(name)
+    loaded.load_adapters(tmp_path / "adapters")
+    assert_same(loaded.predict(x, verbose=0), expected)
+    loaded.merge_adapters()
+    assert_same(loaded.predict(x, verbose=0), expected)
+    assert type(loaded) is getattr(models, name)
+
+
+def test_ensembles_generate(name, trained):
+    model, x, _, _ = trained
+    if not isinstance(model, models.CausalLM):
+        return
+    prompt = {key: value.copy() for key, value in x.items()}
+    if "padding_mask" in prompt:
+        prompt["padding_mask"][:, 4:] = 0
+    reason = None
+    if isinstance(model, models.RWKV7CausalLM):
+        reason = "predict_token_ids"  # Its `generate` needs its preprocessor.
+    elif is_mixture(name):
+        reason = "its leading axis must be"
+    elif isinstance(model, models.Seq2SeqLM):
+        reason = "has an encoder and a decoder"
+    if reason is not None:
+        with pytest.raises((ValueError, KeyError), match=reason):
+            model.ensemble_generate(prompt, stop_token_ids=None, seed=0)
+        return
+    text = model.ensemble_generate(prompt, stop_token_ids=None, seed=0)
+    found = ops.convert_to_numpy(text["token_ids"])
+    np.testing.assert_array_equal(found[:, :4], x["token_ids"][:, :4])
+    assert found.shape == x["token_ids"].shape
