@@ -115,7 +115,7 @@ STUDIES = {
         (Variant("p = 0", "lora"), *_RATES, *_SAMPLES),
     ),
     "transformer-dropout": Study(
-        "Transformer dropout: positions, patterns, compensation",
+        "Positions, patterns, compensation",
         ("mrpc",),
         _TRANSFORMER_DROPOUT,
     ),
