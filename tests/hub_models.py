@@ -1,4 +1,4 @@
-"""Tiny models of KerasHub's text families, built without a preset."""
+"""Tiny KerasHub tasks, built without a preset: text, and image transformers."""
 
 import inspect
 
@@ -32,6 +32,14 @@ LINEAR_ATTENTION = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+}
+IMAGE = (16, 16, 3)
+PATCHES = {
+    "image_shape": IMAGE,
+    "patch_size": 4,
+    "num_layers": 2,
+    "num_heads": 2,
+    "hidden_dim": 16,
 }
 EXPERTS = {"num_experts": 4, "top_k": 2}
 
@@ -142,6 +150,28 @@ TINY = {
     "T5Gemma2Backbone": two_sides(),
     "T5GemmaBackbone": two_sides(),
     "XLMRobertaBackbone": WITH_POSITIONS,
+    "DeiTBackbone": {**PATCHES, "intermediate_dim": 32},
+    "MiTBackbone": {
+        "image_shape": IMAGE,
+        "num_layers": 2,
+        "hidden_dims": [8, 16],
+        "layerwise_depths": [1, 1],
+        "layerwise_num_heads": [1, 2],
+        "layerwise_sr_ratios": [1, 1],
+        "layerwise_patch_sizes": [3, 3],
+        "layerwise_strides": [2, 2],
+        "max_drop_path_rate": 0.0,
+    },
+    "SwinTransformerBackbone": {
+        "image_shape": IMAGE,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+        "patch_size": 2,
+        "drop_path": 0.0,
+    },
+    "ViTBackbone": {**PATCHES, "mlp_dim": 32},
 }
 
 
@@ -179,11 +209,15 @@ def build(name):
         **config, **accepted(cls.backbone_cls, no_dropout)
     )
     head = accepted(cls, {**no_dropout, "num_classes": 3})
-    return cls(backbone=backbone, preprocessor=None, **head)
+    task = cls(backbone=backbone, preprocessor=None, **head)
+    for layer in task._flatten_layers():
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0  # MiT has one that cannot be set.
+    return task
 
 
 def inputs_of(model, rows=ROWS):
-    """Random tokens, all valid, and whatever else a task takes."""
+    """Random tokens, all valid, or images, and whatever else a task takes."""
     generator = np.random.default_rng(0)
 
     def values(tensor):
@@ -194,6 +228,8 @@ def inputs_of(model, rows=ROWS):
             return np.ones(shape, "int32")
         if "segment" in tensor.name:
             return np.zeros(shape, "int32")
+        if keras.backend.is_float_dtype(tensor.dtype):
+            return generator.normal(size=shape).astype("float32")
         return generator.integers(1, VOCABULARY, shape).astype("int32")
 
     return keras.tree.map_structure(values, model.input)

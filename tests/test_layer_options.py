@@ -317,6 +317,11 @@ def test_strengths_with_a_rank_budget():
         ),
         ({"alpha_pattern": {"qery": 2}}, ValueError, "alpha_pattern.*'qery'"),
         ({"alpha_pattern": {"query": -1}}, ValueError, "positive finite.*=-1"),
+        (
+            {"alpha": -1, "alpha_pattern": {".*": 2}},
+            ValueError,
+            "positive finite.*alpha=-1",
+        ),
         ({"use_rslora": True}, ValueError, "alpha=None.*Pass"),
         ({"use_rslora": 1, "alpha": 2}, TypeError, "True or False"),
         (

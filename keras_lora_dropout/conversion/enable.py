@@ -218,6 +218,7 @@ def _ranks(rank, rank_pattern, rank_budget, paths):
 def _alphas(alpha, alpha_pattern, use_rslora, ranks):
     """Return `{path: alpha}`, with `scaling = alpha / rank`."""
     validation.boolean("use_rslora", use_rslora)
+    validation.alpha(alpha, rank=1)  # A pattern may be for all layers.
     own = values_by_pattern("alpha_pattern", alpha_pattern, list(ranks))
     alphas = {}
     for path, rank in ranks.items():
