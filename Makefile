@@ -29,9 +29,11 @@ test: $(TEST_ENV)/.installed
 	$(MAKE) lint
 	$(MAKE) --jobs 2 --output-sync=target test-jax test-torch test-tensorflow
 
-# Every KerasHub task on JAX, too, which takes its time to compile.
+# Every KerasHub task on JAX, too, which takes its time; writes docs/models.md.
 test-all: export ALL_MODELS = 1
 test-all: test
+	KERAS_BACKEND=torch $(TEST_ENV)/bin/python tests/write_models_page.py \
+		--torch $(TEST_ENV)/torch.xml --jax $(TEST_ENV)/jax.xml
 
 lint: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/ruff check .
@@ -41,7 +43,8 @@ lint: $(TEST_ENV)/.installed
 # Two suites share the cores; more threads than that only wait for each other.
 test-tensorflow: TESTS = $(CORE_TESTS)
 test-jax test-torch test-tensorflow: test-%: $(TEST_ENV)/.installed
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(TEST_ENV)/bin/pytest $(TESTS)
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(TEST_ENV)/bin/pytest \
+		--junitxml=$(TEST_ENV)/$*.xml $(TESTS)
 
 $(DEMO_ENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(DEMO_ENV)

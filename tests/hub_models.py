@@ -175,22 +175,60 @@ TINY = {
 }
 
 
-def task_classes():
-    """Return `{name: class}` of the tasks whose backbone is among these.
+_CONVOLUTIONS = "convolutions: its blocks have no linear layers to adapt"
+_SEVERAL = "put together of several models: not tried yet"
+# Why a task is not among those that are built.
+NOT_TRIED = {
+    "BASNetImageSegmenter": _CONVOLUTIONS,
+    "BLIP2CausalLM": _SEVERAL,
+    "BLIP2Seq2SeqLM": _SEVERAL,
+    "CSPNetImageClassifier": _CONVOLUTIONS,
+    "DFineObjectDetector": _SEVERAL,
+    "DeepLabV3ImageSegmenter": _CONVOLUTIONS,
+    "DenseNetImageClassifier": _CONVOLUTIONS,
+    "DepthAnythingDepthEstimator": _SEVERAL,
+    "EfficientNetImageClassifier": _CONVOLUTIONS,
+    "FluxTextToImage": _SEVERAL,
+    "Gemma3nCausalLM": _SEVERAL,
+    "Gemma4AssistantCausalLM": _SEVERAL,
+    "HGNetV2ImageClassifier": _CONVOLUTIONS,
+    "MobileNetImageClassifier": _CONVOLUTIONS,
+    "MobileNetV5ImageClassifier": _CONVOLUTIONS,
+    "MoonshineAudioToText": "sound: not tried yet",
+    "PARSeqCausalLM": _SEVERAL,
+    "PaliGemmaCausalLM": _SEVERAL,
+    "ResNetImageClassifier": _CONVOLUTIONS,
+    "RetinaNetObjectDetector": _CONVOLUTIONS,
+    "SAM3PromptableConceptImageSegmenter": _SEVERAL,
+    "SAMImageSegmenter": _SEVERAL,
+    "SegFormerImageSegmenter": _SEVERAL,
+    "StableDiffusion3ImageToImage": _SEVERAL,
+    "StableDiffusion3Inpaint": _SEVERAL,
+    "StableDiffusion3TextToImage": _SEVERAL,
+    "VGGImageClassifier": _CONVOLUTIONS,
+    "XceptionImageClassifier": _CONVOLUTIONS,
+}
 
-    Deprecated names stand for classes that have another one.
+
+def every_task():
+    """Return `{name: class}` of all tasks of the installed KerasHub.
+
+    Not those without a backbone, from which others inherit, and not names
+    that have been replaced.
     """
-    found = {}
-    for name, cls in sorted(vars(models).items()):
-        if not (inspect.isclass(cls) and issubclass(cls, models.Task)):
-            continue
-        backbone = getattr(cls, "backbone_cls", None)
-        is_known = backbone is not None and backbone.__name__ in TINY
-        if is_known and cls.__name__ == name and cls not in found.values():
-            found[name] = cls
-    # It is made of two models.
-    del found["Gemma4AssistantCausalLM"]
-    return found
+    return {
+        name: cls
+        for name, cls in sorted(vars(models).items())
+        if inspect.isclass(cls)
+        and issubclass(cls, models.Task)
+        and getattr(cls, "backbone_cls", None) is not None
+        and cls.__name__ == name
+    }
+
+
+def tried_tasks():
+    """Return the names of the tasks that are built here."""
+    return [name for name in every_task() if name not in NOT_TRIED]
 
 
 def build(name):

@@ -1,0 +1,158 @@
+"""Writes `docs/models.md` and the README's table from what the tests found.
+
+    pytest tests/test_hub_models.py --junitxml=torch.xml
+    python tests/write_models_page.py --torch torch.xml --jax jax.xml
+
+A cell says "yes" if the tests of both backends passed, or names the backend
+alone on which they did.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import sys
+import xml.etree.ElementTree
+
+import hub_models
+import keras_hub
+from test_hub_models import runs_in_sequence
+
+import keras_lora_dropout as kld
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+COLUMNS = {
+    "all linear layers": "test_all_linear_layers_of_the_blocks_are_adapted",
+    "trains": "test_training_reaches_all_adapters_and_nothing_frozen",
+    "ensemble": "test_ensemble_is_the_mean_of_instances_that_differ",
+    "in parallel": "test_parallel_instances_are_those_in_sequence",
+    "files, merging": "test_adapters_survive_files_and_merging",
+    "generates": "test_ensembles_generate",
+}
+BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torch", required=True, help="JUnit file")
+    parser.add_argument("--jax", required=True, help="JUnit file")
+    options = parser.parse_args()
+    passed = {
+        "PyTorch": passed_tests(options.torch),
+        "JAX": passed_tests(options.jax),
+    }
+    PAGE.write_text(page(passed), "utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text("utf-8")), "utf-8")
+    print(f"Written: {PAGE}")
+
+
+def passed_tests(path):
+    """Return the pairs of test and task that passed."""
+    found = set()
+    for case in xml.etree.ElementTree.parse(path).iter("testcase"):
+        is_here = case.get("classname").endswith("test_hub_models")
+        match = re.fullmatch(r"(\w+)\[(\w+)\]", case.get("name"))
+        if is_here and match and not len(case):
+            found.add(match.groups())
+    if not found:
+        sys.exit(f"{path} has no test of a task that passed.")
+    return found
+
+
+def page(passed):
+    heads = ["task", "adapters", "weights", *COLUMNS]
+    rows = [
+        [f"`{name}`", *adapters_of(name)]
+        + [cell(name, column, test, passed) for column, test in COLUMNS.items()]
+        for name in hub_models.tried_tasks()
+    ]
+    others = "\n".join(
+        f"- `{name}`: {reason}."
+        for name, reason in hub_models.NOT_TRIED.items()
+    )
+    return f"""# Models
+
+What the tests found for the tasks of KerasHub {keras_hub.__version__}:
+each is built in a tiny configuration of two blocks, with adapters of rank 2 on
+all linear layers of the blocks. `make test-all` runs them all on JAX and
+PyTorch; this page is written from its results.
+
+- *trains*: a step gives every adapter a gradient and changes nothing that is
+  frozen.
+- *ensemble*: the instances differ, and `ensemble_predict` is their mean.
+- *in parallel*: the N instances as one batch give what they give one after
+  another. "No": the layout of the model rules that out, and the error says so;
+  pass `sampling="sequential"`.
+- *files, merging*: adapters are saved, loaded into another instance of the
+  model, and merged, with the same predictions.
+- *generates*: `ensemble_generate`.
+
+{markdown(heads, rows)}
+
+Not tried:
+
+{others}
+"""
+
+
+def adapters_of(name):
+    model = kld.enable_lora_dropout(hub_models.build(name), rank=2)
+    layers = [layer for _, layer in model.adapted_layers]
+    count = sum(sum(lyr.mask_sizes) * lyr.lora_rank for lyr in layers)
+    return str(len(layers)), f"{count:,}"
+
+
+def cell(name, column, test, passed):
+    if column == "in parallel" and runs_in_sequence(name):
+        return "no"
+    if column == "generates":
+        cls = hub_models.every_task()[name]
+        if not issubclass(cls, hub_models.models.CausalLM):
+            return ""
+        if issubclass(cls, hub_models.models.Seq2SeqLM):
+            return "no: encoder and decoder"
+        if runs_in_sequence(name):
+            return "no: not in parallel"
+        if name.startswith("RWKV7"):
+            return "with its preprocessor"
+    backends = [b for b, found in passed.items() if (test, name) in found]
+    if len(backends) == len(passed):
+        return "yes"
+    return ", ".join(backends) or "no"
+
+
+def with_table(text):
+    """Return the README with the families of all tasks that are tried."""
+    families = collections.defaultdict(list)
+    for name in hub_models.tried_tasks():
+        kind = next(kind for kind in KINDS if name.endswith(kind))
+        family = name.removesuffix(kind)
+        families[KINDS[kind]].append(family)
+    rows = [[kind, ", ".join(names)] for kind, names in families.items()]
+    table = markdown(["KerasHub tasks", "families"], rows)
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+KINDS = {
+    "TextClassifier": "text classifiers",
+    "ProteinClassifier": "text classifiers",
+    "MaskedLM": "masked language models",
+    "MaskedPLM": "masked language models",
+    "Seq2SeqLM": "encoders and decoders",
+    "CausalLM": "causal language models",
+    "TextEmbedder": "text embedders",
+    "ImageClassifier": "image classifiers",
+}
+
+
+def markdown(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
