@@ -109,8 +109,13 @@ def test_finished_runs_are_not_repeated(command, output):
     command("table-1", "--tasks", "mrpc", "--seeds", 3)
     paths = list((output / "runs").glob("*.json"))
     before = {path: path.stat().st_mtime_ns for path in paths}
+    # As a process leaves it that is killed between its result and its end.
+    leftover = output / "runs" / "unfinished" / paths[0].stem
+    leftover.mkdir()
+    (leftover / "epochs.json").write_text("[]")
     printed = command("table-1", "--tasks", "mrpc", "--seeds", 3)
     assert "learning rate" not in printed
+    assert not leftover.exists()
     assert before == {path: path.stat().st_mtime_ns for path in paths}
 
 

@@ -91,6 +91,9 @@ PyTorch; this page is written from its results.
 
 {markdown(heads, rows)}
 
+Kernels of experts, in mixtures, are no linear layers and have no adapters; nor
+have the feed-forward layers of Gemma 4, whose blocks never call them.
+
 Not tried:
 
 {others}

@@ -143,7 +143,13 @@ class Store:
             folder.mkdir(exist_ok=True)
             yield folder
             if cell in self:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def remove_leftovers(self):
+        """Delete the state of runs that were killed after their result."""
+        for folder in (self.folder / "unfinished").glob("*/"):
+            if (self.folder / f"{folder.name}.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, cell):
         return self.folder / f"{cell.name}.json"

@@ -126,6 +126,7 @@ def preset_of(options):
 
 def run(plan, store, rows_of):
     """Run what has no result yet, until all of it has one."""
+    store.remove_leftovers()
     progress = Progress(
         sum(
             training.work(cell, rows_of(cell))
