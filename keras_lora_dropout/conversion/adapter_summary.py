@@ -1,10 +1,9 @@
 """`adapter_summary`: what was adapted, as a table."""
 
-import math
-
 import rich.console
 import rich.table
 
+from keras_lora_dropout.conversion.trainable import count_entries
 from keras_lora_dropout.core import validation
 
 _UNLIMITED = 10_000  # Columns: no line of text is as long.
@@ -63,10 +62,10 @@ def _table(model):
     for title in ("Kernel", "Rank", "Scaling", "Params", "Of trainable"):
         table.add_column(title, justify="right")
     kept = model.rank_pattern()
-    trainable = _count(model.trainable_weights)
+    trainable = count_entries(model.trainable_weights)
     for path, layer in model.adapted_layers:
-        count = _count(layer.factors)
-        trains = _count(f for f in layer.factors if f.trainable)
+        count = count_entries(layer.factors)
+        trains = count_entries(f for f in layer.factors if f.trainable)
         ranks = [kept[path], layer.lora_rank]
         table.add_row(
             path,
@@ -83,17 +82,16 @@ def _totals(model):
     layers = [layer for _, layer in model.adapted_layers]
     factors = [factor for layer in layers for factor in layer.factors]
     ours = {id(factor) for factor in factors}
-    total, trainable = model.count_params(), _count(model.trainable_weights)
+    total, trainable = (
+        model.count_params(),
+        count_entries(model.trainable_weights),
+    )
     others = [w for w in model.trainable_weights if id(w) not in ours]
     settings = model.lora_dropout
     kind = "LoRA" if model.rank_allocator is None else "AdaLoRA"
     rates = " or ".join(sorted({f"{layer.dropout_rate:g}" for layer in layers}))
     yield f"Adapter: {kind}, dropout rate {rates}, N = {settings.num_samples}"
-    yield f"Adapter params: {_count(factors):,} in {len(layers)} layers"
-    yield f"Other trainable params: {_count(others):,}"
+    yield f"Adapter params: {count_entries(factors):,} in {len(layers)} layers"
+    yield f"Other trainable params: {count_entries(others):,}"
     yield f"Non-trainable params: {total - trainable:,}"
     yield f"Trainable: {trainable / total:.2%} of {total:,}"
-
-
-def _count(variables):
-    return sum(math.prod(variable.shape) for variable in variables)

@@ -13,6 +13,7 @@ from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.targets import select_targets
 from keras_lora_dropout.conversion.targets import select_trainable
 from keras_lora_dropout.conversion.targets import values_by_pattern
+from keras_lora_dropout.conversion.trainable import count_entries
 from keras_lora_dropout.conversion.trainable import freeze
 from keras_lora_dropout.conversion.trainable import trainable_flags
 from keras_lora_dropout.core import validation
@@ -268,8 +269,8 @@ def _report(model):
         "weights train:\n%s",
         len(targets),
         model.name,
-        f"{_count(f for _, lyr in targets for f in lyr.factors):,}",
-        f"{_count(model.trainable_weights):,}",
+        f"{count_entries(f for _, lyr in targets for f in lyr.factors):,}",
+        f"{count_entries(model.trainable_weights):,}",
         f"{model.count_params():,}",
         "\n".join(f"  {path}" for path, _ in targets),
     )
@@ -294,7 +295,3 @@ def _warn_of_quantized(trainable):
             ", ".join(f'"{layer.path}"' for layer in layers.values()),
             [layer.name for layer in layers.values()],
         )
-
-
-def _count(variables):
-    return sum(math.prod(variable.shape) for variable in variables)

@@ -1,5 +1,7 @@
 """Freezing: adapters and the chosen layers train, nothing else does."""
 
+import math
+
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import sublayers
@@ -78,6 +80,11 @@ def set_trainable_flags(model, flags):
     for layer, (_, *own) in given:
         for variable, flag in zip(own_weights(layer), own, strict=True):
             variable.trainable = flag
+
+
+def count_entries(variables):
+    """Return how many numbers variables hold in all."""
+    return sum(math.prod(variable.shape) for variable in variables)
 
 
 def own_weights(layer):
