@@ -12,6 +12,13 @@ from keras_lora_dropout.conversion.unmerging import unmerge_adapters
 from keras_lora_dropout.core.rank_budget import RankBudget
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutDense
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRADropoutEinsumDense
+from keras_lora_dropout.layers.convolution import LoRADropoutConv1D
+from keras_lora_dropout.layers.convolution import LoRADropoutConv2D
+from keras_lora_dropout.layers.convolution import LoRADropoutConv3D
+from keras_lora_dropout.layers.convolution import LoRADropoutDepthwiseConv1D
+from keras_lora_dropout.layers.convolution import LoRADropoutDepthwiseConv2D
+from keras_lora_dropout.layers.embedding import LoRADropoutEmbedding
+from keras_lora_dropout.layers.embedding import LoRADropoutReversibleEmbedding
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutDense
 from keras_lora_dropout.layers.lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout.layers.transformer_dropout import DropAttention
@@ -36,9 +43,16 @@ __all__ = [
     "ExpectedCalibrationError",
     "ExtractiveQA",
     "HiddenCut",
+    "LoRADropoutConv1D",
+    "LoRADropoutConv2D",
+    "LoRADropoutConv3D",
     "LoRADropoutDense",
+    "LoRADropoutDepthwiseConv1D",
+    "LoRADropoutDepthwiseConv2D",
     "LoRADropoutEinsumDense",
+    "LoRADropoutEmbedding",
     "LoRADropoutModel",
+    "LoRADropoutReversibleEmbedding",
     "RankBudget",
     "enable_lora_dropout",
     "enable_transformer_dropout",

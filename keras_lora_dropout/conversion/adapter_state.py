@@ -93,7 +93,7 @@ def settings_of(model):
 
 def layer_settings(layer):
     """Return the settings of one adapted layer as plain data."""
-    input_dim, output_dim = layer.mask_sizes
+    input_dim, output_dim = layer.factor_sizes
     return {
         "kind": KINDS[isinstance(layer, AdaLoRAFactors)],
         "rank": layer.lora_rank,

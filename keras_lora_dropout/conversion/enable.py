@@ -79,11 +79,14 @@ def enable_lora_dropout(
             `P Lambda Q` that start with `initial_rank` (or `rank`) triplets
             each and are pruned to `target_rank` on average while `fit` runs.
             `None`: LoRA adapters of a fixed rank.
-        target_layers: Which `Dense` and `EinsumDense` layers are adapted.
-            `"all-linear"`: all in the backbone's blocks, never the output
-            head. Or a list of layer names (or path endings), a regular
-            expression that is searched in the layer path, or a callable
-            `(path, layer) -> bool`.
+        target_layers: Which layers are adapted. `"all-linear"`: every `Dense`
+            and `EinsumDense` in the backbone's blocks, never the output head.
+            `"all-convolutions"`: every convolution of the backbone, likewise.
+            Or a list of layer names (or path endings), a regular expression
+            that is searched in the layer path, or a callable `(path, layer) ->
+            bool`; these may also choose embeddings (`Embedding`,
+            `ReversibleEmbedding`) and convolutions (`Conv1D`, `Conv2D`,
+            `Conv3D`, `DepthwiseConv1D`, `DepthwiseConv2D`).
         exclude_layers: `None`, or a list, a regular expression or a callable
             as above: which of these layers are not adapted after all.
         blocks: Of which transformer blocks layers are adapted. `"all"`: of

@@ -188,22 +188,17 @@ def merged_kernel(layer, keep=None):
             layer, layer._axes, plain_class(type(layer))
         )
     else:
-        kernel = ops.convert_to_tensor(layer._kernel.value)
+        kernel = ops.convert_to_tensor(quantized.kernel_weights(layer)[0].value)
     if not layer.lora_rank:
         return ops.copy(kernel)
     dtype = keras.backend.result_type(kernel.dtype, "float32")
     a, b = layer._factor_pair(*(ops.cast(f, dtype) for f in layer.factors))
     if keep is not None:
-        a = a * ops.cast(keep[0], dtype)[:, None]
-        b = b * ops.cast(keep[1], dtype)
+        keep = [ops.cast(mask, dtype) for mask in keep]
     scale = masks.delta_scale(
         layer.scaling, layer.dropout_rate, layer.rescale, keep is not None
     )
-    axes = layer._axes
-    delta = ops.reshape(
-        ops.matmul(a, b * scale), (*axes.contracted, *axes.kept)
-    )
-    delta = ops.transpose(delta, axes.kernel_permutation)
+    delta = layer._axes.delta(a, b * scale, keep)
     return ops.cast(ops.cast(kernel, dtype) + delta, kernel.dtype)
 
 

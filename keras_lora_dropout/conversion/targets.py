@@ -11,8 +11,21 @@ from keras_lora_dropout.architectures.direct_kernels import uncalled_layers
 from keras_lora_dropout.architectures.transformer_blocks import choose_blocks
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.layers.adapt import can_adapt
+from keras_lora_dropout.layers.adapt import is_known
+from keras_lora_dropout.layers.adapt import known_names
 
-LINEAR = (keras.layers.Dense, keras.layers.EinsumDense)
+# What a word chooses, within the blocks or, of convolutions, anywhere.
+_KINDS = {
+    "all-linear": (keras.layers.Dense, keras.layers.EinsumDense),
+    "all-convolutions": (
+        keras.layers.Conv1D,
+        keras.layers.Conv2D,
+        keras.layers.Conv3D,
+        keras.layers.DepthwiseConv1D,
+        keras.layers.DepthwiseConv2D,
+    ),
+}
+_SIZES = "units", "filters"
 
 
 def layer_paths(model):
@@ -35,13 +48,14 @@ def layer_paths(model):
 
 
 def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
-    """Return `[(path, layer)]` of the linear layers to adapt.
+    """Return `[(path, layer)]` of the layers to adapt.
 
     Args:
         model: A built `keras.Model`.
-        target_layers: `"all-linear"`, another string (a regular expression
-            that `re.search` looks for in the path), a list of layer names or
-            path endings, or a callable `(path, layer) -> bool`.
+        target_layers: `"all-linear"`, `"all-convolutions"`, another string (a
+            regular expression that `re.search` looks for in the path), a list
+            of layer names or path endings, or a callable `(path, layer) ->
+            bool`.
         exclude_layers: `None`, or a string, list or callable as above: which
             of them are left out.
         blocks: `"all"`, or which blocks' layers alone are adapted, as in
@@ -49,16 +63,17 @@ def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
 
     Raises:
         TypeError: If a selector is none of these.
-        ValueError: If nothing, or not every name, matches a linear layer.
+        ValueError: If nothing, or not every name, matches a layer of a kind
+            that adapters are for.
     """
     paths = layer_paths(model)
-    linear = {p: lyr for p, lyr in paths.items() if isinstance(lyr, LINEAR)}
+    known = {p: lyr for p, lyr in paths.items() if is_known(lyr)}
     uncalled = uncalled_layers(model)
-    if isinstance(target_layers, str) and target_layers == "all-linear":
-        wanted = _all_linear(model) - uncalled
-        chosen = [(p, lyr) for p, lyr in linear.items() if id(lyr) in wanted]
+    if isinstance(target_layers, str) and target_layers in _KINDS:
+        wanted = _all_of(model, target_layers) - uncalled
+        chosen = [(p, lyr) for p, lyr in known.items() if id(lyr) in wanted]
     else:
-        chosen = _match("target_layers", target_layers, linear)
+        chosen = _match("target_layers", target_layers, known)
     takes_all = isinstance(blocks, str) and blocks == "all"
     if not takes_all:
         inside = {
@@ -68,7 +83,7 @@ def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
         }
         chosen = [(p, lyr) for p, lyr in chosen if id(lyr) in inside]
     if exclude_layers is not None:
-        excluded = dict(_match("exclude_layers", exclude_layers, linear))
+        excluded = dict(_match("exclude_layers", exclude_layers, known))
         chosen = [(p, lyr) for p, lyr in chosen if p not in excluded]
     if not chosen:
         received = f"target_layers={target_layers!r}"
@@ -79,8 +94,9 @@ def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
         raise ValueError(
             "`enable_lora_dropout` found no layer to adapt in model "
             f'"{model.name}". Received: {received}. '
-            f"{_adaptable(linear)} Name some of these in `target_layers`; "
-            '"all-linear" means every linear layer but the output head.'
+            f"{_adaptable(known)} Name some of these in `target_layers`; "
+            '"all-linear" means every `Dense` and `EinsumDense`, '
+            '"all-convolutions" every convolution, but the output head.'
         )
     for path, layer in chosen:
         if id(layer) in uncalled:
@@ -93,9 +109,9 @@ def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
         if not can_adapt(layer):
             raise ValueError(
                 f'Cannot adapt layer "{path}": {type(layer).__name__} has a '
-                "`call` of its own, so its product is not that of "
-                "`keras.layers.Dense` or `EinsumDense`. Leave it out with "
-                "`target_layers`."
+                "`call` of its own, so what it computes is not what the layer "
+                "of Keras does that it inherits from. Leave it out with "
+                "`exclude_layers`."
             )
     return chosen
 
@@ -174,19 +190,26 @@ def _ending(argument, key):
         ) from error
 
 
-def _all_linear(model):
-    """Ids of the layers of the blocks; of a plain model all but its head.
+def _all_of(model, word):
+    """Ids of the layers that a word chooses; of a plain model all but its head.
 
     Layers of one unit, such as the gate of a shared expert, are none of them:
     such a kernel has no lower rank.
     """
     backbone = backbone_of(model)
-    if backbone is not None:
+    if backbone is not None and word == "all-linear":
         layers = block_layers(backbone)
+    elif backbone is not None:
+        layers = descendants(backbone)  # Blocks of convolutions are no layers.
     else:
         heads = {id(layer) for layer in head_layers(model)}
         layers = (lyr for lyr in descendants(model) if id(lyr) not in heads)
-    return {id(lyr) for lyr in layers if getattr(lyr, "units", None) != 1}
+    return {
+        id(layer)
+        for layer in layers
+        if isinstance(layer, _KINDS[word])
+        and 1 not in (getattr(layer, size, None) for size in _SIZES)
+    }
 
 
 def _match(argument, selector, paths):
@@ -237,10 +260,10 @@ def _named(name, path, layer):
     return name in (layer.name, path) or path.endswith(f"/{name}")
 
 
-def _adaptable(linear):
-    if not linear:
-        return "It has no `Dense` or `EinsumDense` layer."
-    return f"Adaptable layers are named {_quoted_names(linear)}."
+def _adaptable(known):
+    if not known:
+        return f"It has no layer of the kinds {', '.join(known_names())}."
+    return f"Adaptable layers are named {_quoted_names(known)}."
 
 
 def _quoted_names(paths):

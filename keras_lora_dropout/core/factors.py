@@ -46,6 +46,30 @@ class FactorAxes:
     def output_dim(self):
         return math.prod(self.kept)
 
+    @property
+    def mask_sizes(self):
+        """Lengths of the masks: one entry for each row of A, column of B."""
+        return self.input_dim, self.output_dim
+
+    def delta(self, factor_a, factor_b, keep=None):
+        """Multiply the factors out.
+
+        Args:
+            factor_a: Tensor of shape `(input_dim, rank)`.
+            factor_b: Tensor of shape `(rank, output_dim)`.
+            keep: `None`, or the two masks of one instance.
+
+        Returns:
+            Tensor of the kernel's own shape.
+        """
+        if keep is not None:
+            factor_a = factor_a * ops.expand_dims(keep[0], 1)
+            factor_b = factor_b * keep[1]
+        delta = ops.reshape(
+            ops.matmul(factor_a, factor_b), (*self.contracted, *self.kept)
+        )
+        return ops.transpose(delta, self.kernel_permutation)
+
 
 def dense_axes(kernel_shape):
     """Axes of a `Dense` kernel `(input_dim, output_dim)`."""

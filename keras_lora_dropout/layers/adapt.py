@@ -11,6 +11,7 @@ from keras_lora_dropout.core.mixed_classes import mixed_like
 from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import check_linear
+from keras_lora_dropout.layers.adapter import check_precision
 from keras_lora_dropout.layers.adapter import plain_class
 
 # What an adapter leaves on its layer besides factors, rank and alpha.
@@ -51,18 +52,29 @@ def adapter_class(layer_class, adaptive=False):
     """
     if issubclass(layer_class, LoRADropoutAdapter):
         return layer_class
-    for (keras_class, kind), adapter in _ADAPTER_CLASSES.items():
-        if kind != adaptive:
-            continue
-        if layer_class is keras_class:
-            return adapter
-        if issubclass(layer_class, keras_class):
-            if layer_class.call is not keras_class.call:
-                return None
-            prefix = "AdaLoRADropout" if adaptive else "LoRADropout"
-            name = f"{prefix}{layer_class.__name__}"
-            return type(name, (adapter, layer_class), {})
-    return None
+    keras_class = _known_class(layer_class)
+    if keras_class is None or layer_class.call is not keras_class.call:
+        return None
+    adapter = _ADAPTER_CLASSES[keras_class, adaptive]
+    if layer_class is keras_class:
+        return adapter
+    prefix = "AdaLoRADropout" if adaptive else "LoRADropout"
+    return type(f"{prefix}{layer_class.__name__}", (adapter, layer_class), {})
+
+
+def is_known(layer):
+    """Whether the layer is one that adapters are for, or a subclass of one."""
+    return _known_class(type(layer)) is not None
+
+
+def known_names():
+    """Return the names of the Keras layers that adapters are for."""
+    return list(dict.fromkeys(cls.__name__ for cls, _ in _ADAPTER_CLASSES))
+
+
+def _known_class(layer_class):
+    known = {keras_class for keras_class, _ in _ADAPTER_CLASSES}
+    return next((cls for cls in layer_class.__mro__ if cls in known), None)
 
 
 def can_adapt(layer):
@@ -82,9 +94,9 @@ def check_adaptable(layer, rank, where):
             f"Cannot adapt {where}: it is not built yet. Call the model on a "
             "batch of data first, or give it an `Input`."
         )
-    axes = adapter_class(type(layer))._factor_axes(
-        layer, quantized.kernel_shape(layer)
-    )
+    kind = adapter_class(type(layer))
+    check_precision(layer, kind.quantization_modes, where)
+    axes = kind._factor_axes(layer, quantized.kernel_shape(layer))
     check_linear(layer, rank, axes, where)
 
 
@@ -141,4 +153,4 @@ def unadapt(layer):
     layer.lora_rank = layer.lora_alpha = None
     layer.__class__ = plain_class(type(layer))
     if not quantized.is_quantized(layer):
-        layer._kernel.trainable = layer.trainable
+        quantized.kernel_weights(layer)[0].trainable = layer.trainable

@@ -1,12 +1,10 @@
-"""What all adapted layers share: settings, factors, masks and delta."""
+"""What all adapted layers share: settings, factors and masks."""
 
-import math
 import random
 
 import keras
 from keras import ops
 
-from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.instances import check_rows
@@ -16,20 +14,41 @@ from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.layers import quantized
 
 _RANDOM_STATE = "seed_generator_state"
+_CONSTRAINTS = (
+    "kernel_constraint",
+    "embeddings_constraint",
+    "depthwise_constraint",
+)
 
 
 class LoRADropoutAdapter(Unquantizable):
     """Mixin that gives a linear Keras layer a LoRA Dropout adapter.
 
-    A concrete layer adds two parts. `layers/linear.py` says on which axes its
-    kernel acts (`_factor_axes`). A factorization says how its delta is written:
-    which weights it has (`factor_names`, `_factor_shapes`, `_initial_factors`)
-    and which two factors they make (`_factor_pair`). The rest, here, is the
-    same for all.
+    A concrete layer adds two parts. A kind of layer says on which axes its
+    kernel acts (`_factor_axes`), and how it multiplies by the factors
+    (`_current_factors`); so do `linear.py`, `convolution.py` and
+    `embedding.py`. A factorization says how its delta is written: which weights
+    it has (`factor_names`, `_factor_shapes`, `_initial_factors`) and which two
+    factors they make (`_factor_pair`). The rest, here, is the same for all.
     """
 
     factor_names: tuple[str, ...] = ()
+    quantization_modes: tuple[str, ...] = ()
     adapter_enabled = True
+
+    def __init__(
+        self,
+        *args,
+        rank=8,
+        alpha=None,
+        dropout_rate=0.5,
+        rescale=False,
+        seed=None,
+        **kwargs,
+    ):
+        _reject_keras_lora(kwargs)
+        super().__init__(*args, **kwargs)
+        self._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
 
     @classmethod
     def from_config(cls, config):
@@ -52,13 +71,15 @@ class LoRADropoutAdapter(Unquantizable):
         """Multiplier `alpha / rank` of the delta."""
         return self.lora_alpha / max(self.lora_rank, 1)
 
-    def build(self, input_shape):
+    def build(self, input_shape=None):
         # Keras would add its own LoRA for a layer with a `lora_rank`.
         rank, self.lora_rank = self.lora_rank, None
         super().build(input_shape)
         self.lora_rank = rank
+        where = f'layer "{self.name}"'
+        check_precision(self, self.quantization_modes, where)
         axes = self._factor_axes(quantized.kernel_shape(self))
-        check_linear(self, rank, axes, f'layer "{self.name}"')
+        check_linear(self, rank, axes, where)
         self._add_factors()
 
     def enable_lora(self, *args, **kwargs):
@@ -76,7 +97,11 @@ class LoRADropoutAdapter(Unquantizable):
         with unlocked(self):
             self.seed_generator = keras.random.SeedGenerator(next_seed(streams))
         self._axes = axes
-        self._kernel.trainable = False
+        self._freeze_kernel()
+
+    def _freeze_kernel(self):
+        if not quantized.is_quantized(self):
+            quantized.kernel_weights(self)[0].trainable = False
 
     def _create_factors(self, axes, initializers):
         """Create the weights of the factors, one initializer each."""
@@ -139,7 +164,7 @@ class LoRADropoutAdapter(Unquantizable):
     def trainable(self, value):
         keras.layers.Layer.trainable.fset(self, value)
         if self.built:
-            self._kernel.trainable = False
+            self._freeze_kernel()
 
     @property
     def factors(self):
@@ -154,7 +179,12 @@ class LoRADropoutAdapter(Unquantizable):
     @property
     def mask_sizes(self):
         """Lengths of `mask_a` and `mask_b`."""
-        return self.lora_kernel_a.shape[0], self.lora_kernel_b.shape[1]
+        return self._axes.mask_sizes
+
+    @property
+    def factor_sizes(self):
+        """Number of rows of A, and of columns of B."""
+        return self._axes.input_dim, self._axes.output_dim
 
     def _masks(self, training):
         """Return `mask_a (groups, in)`, `mask_b (groups, out)` or `None`."""
@@ -177,71 +207,30 @@ class LoRADropoutAdapter(Unquantizable):
         input_dim = self.mask_sizes[0]
         return keep[:, :input_dim], keep[:, input_dim:]
 
-    def _adapted_product(self, inputs, training):
-        """The kernel's product and the adapter's part, [L] Eq. 2-3.
-
-        `diag(mask_a) A` and `B diag(mask_b)` are formed once per mask, in the
-        size of the factors; activations are never multiplied by a mask.
+    def _current_factors(self, training):
+        """What this call of the layer multiplies by.
 
         Returns:
-            The layer's output without its bias; a tuple of its parts where
-            the pass asks for them.
+            Tuple of `factor_a (input_dim, rank)`, `factor_b (rank,
+            output_dim)` with the multiplier of the delta in it, both in the
+            compute dtype, and the two masks, or `None` for none.
         """
-        axes = self._axes
         active = masks.current_draws()
         if active is not None and active.covers(self):
             active.plan.called.add(id(self))
         # Factors are float32 under any policy, arithmetic is not.
-        factor_a, factor_b = (
-            ops.expand_dims(factor, 0)
-            for factor in self._factor_pair(
-                *(ops.cast(f, self.compute_dtype) for f in self.factors)
-            )
+        factor_a, factor_b = self._factor_pair(
+            *(ops.cast(f, self.compute_dtype) for f in self.factors)
         )
         keep = self._masks(training)
-        shared = in_parts = False
-        if keep is not None:
-            shared, in_parts = self._what_is_shared()
-            if not shared:
-                self._check_groups(inputs, keep[0].shape[0], axes)
-            factor_a = factor_a * ops.expand_dims(keep[0], 2)
-            factor_b = factor_b * ops.expand_dims(keep[1], 1)
         scale = masks.delta_scale(
             self.scaling, self.dropout_rate, self.rescale, keep is not None
         )
-        pair = factor_a, factor_b * scale, axes
-        if in_parts:
-            base = self._kernel_product(inputs)
-            return base, *factors.shared_parts(inputs, *pair)
-        if quantized.is_quantized(self):
-            delta = factors.delta_product(inputs, *pair, shared=shared)
-            return ops.add(self._kernel_product(inputs), delta)
-        in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
-        return factors.adapted_product(
-            inputs, self.kernel, *pair, shared=shared, in_groups=in_groups
-        )
+        return factor_a, factor_b * scale, keep
 
-    def _kernel_product(self, inputs):
-        if not quantized.is_quantized(self):
-            return factors.kernel_product(inputs, self.kernel, self._axes)
-        plain = plain_class(type(self))
-        return quantized.quantized_product(self, inputs, plain)
-
-    def _multiplies_in_groups(self, inputs, groups):
-        """Whether the kernel's product has the layout of the mask groups.
-
-        XLA computes what two layouts read, such as an activation, once for
-        each. That is worse than a copy of the kernel for each group, unless
-        groups are small.
-        """
-        axes, shape = self._axes, inputs.shape
-        if keras.config.backend() != "jax" or groups in (None, 1):
-            return False
-        if not all(isinstance(size, int) for size in shape):
-            return False
-        rows = math.prod(shape) // axes.input_dim
-        sizes = axes.input_dim, axes.output_dim
-        return groups * math.prod(sizes) <= rows * sum(sizes)
+    @property
+    def _adds_delta(self):
+        return bool(self.lora_rank and self.adapter_enabled)
 
     def _what_is_shared(self):
         """Whether all mask groups share one input, and want parts alone."""
@@ -250,41 +239,13 @@ class LoRADropoutAdapter(Unquantizable):
             return False, False
         return draws.inputs_shared, draws.in_parts
 
-    def _check_groups(self, inputs, groups, axes):
+    def _check_groups(self, inputs, groups, batch_leads=True):
+        """Raise `LayoutError` unless the rows are `groups` blocks of rows."""
         if groups == 1:
             return
         rows = masks.current_draws().rows
         what = f'The input of layer "{self.path or self.name}"'
-        check_rows(what, inputs.shape, rows if axes.batch_leads else -1)
-
-    def call(self, inputs, training=None):
-        if self.lora_rank and self.adapter_enabled:
-            x = self._adapted_product(inputs, training)
-        else:
-            x = self._kernel_product(inputs)
-        parts = ()
-        if isinstance(x, tuple):
-            x, *parts = x
-        if self.bias is not None:
-            x = ops.add(x, self.bias)
-        if parts:
-            return x, *parts
-        if self.activation is not None:
-            x = self._activate(x, training)
-        return x
-
-    def quantized_call(self, *args, **kwargs):
-        """What Keras calls in place of `call` if the kernel is quantized."""
-        return self.call(*args, **kwargs)
-
-    def _activate(self, x, training):
-        # JAX would keep every intermediate of the activation for the backward
-        # pass; recomputed from its input, they cost less than their storage.
-        is_plain = self.activation is keras.activations.linear
-        not_training = training is None or training is False
-        if keras.config.backend() != "jax" or not_training or is_plain:
-            return self.activation(x)
-        return keras.remat(self.activation)(x)
+        check_rows(what, inputs.shape, rows if batch_leads else -1)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """Let gradient checkpointing see the masks of the first forward pass.
@@ -318,6 +279,9 @@ class LoRADropoutAdapter(Unquantizable):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
+        self._save_adapter(store)
+
+    def _save_adapter(self, store):
         if self.built:
             for name in self.factor_names:
                 store[name] = getattr(self, name)
@@ -328,6 +292,9 @@ class LoRADropoutAdapter(Unquantizable):
         keys = set(store.keys()) - {_RANDOM_STATE}
         weights = {key: store[key] for key in keys}
         super().load_own_variables(weights)
+        self._load_adapter(store)
+
+    def _load_adapter(self, store):
         for name in self.factor_names:
             getattr(self, name).assign(store[name])
         self.seed_generator.state.assign(store[_RANDOM_STATE])
@@ -347,38 +314,61 @@ def plain_class(cls, mixin=LoRADropoutAdapter):
     )
 
 
+def check_precision(layer, modes, where):
+    """Raise `ValueError` if an adapter cannot go on the kernel's precision.
+
+    Args:
+        layer: A built layer of a class that `adapts` knows.
+        modes: The quantizations of the kernel that an adapter goes on.
+        where: String that names the layer in messages.
+    """
+    mode = layer.quantization_mode
+    if mode is not None and mode not in modes:
+        allowed = f"on {' and '.join(modes)} alone" if modes else "not on these"
+        raise ValueError(
+            f"Cannot adapt {where}: its kernel is quantized ({mode}), but "
+            f"adapters go {allowed}. Quantize the model to another precision, "
+            "load it in a float dtype, such as bfloat16, or leave the layer "
+            "out with `exclude_layers`."
+        )
+
+
 def check_linear(layer, rank, axes, where):
     """Raise `ValueError` if a built linear layer cannot hold an adapter.
 
     Args:
-        layer: A built `Dense` or `EinsumDense`.
+        layer: A built layer of a class that `adapts` knows.
         rank: Rank of the adapter.
-        axes: `FactorAxes` of the layer's kernel.
+        axes: The axes of the layer's kernel, such as `FactorAxes`.
         where: String that names the layer in messages.
     """
-    if layer.lora_enabled:
+    if getattr(layer, "lora_enabled", False):
         raise ValueError(
             f"Cannot adapt {where}: Keras's own LoRA is already enabled on it. "
             "Start from a model on which `enable_lora` was not called."
         )
-    mode = layer.quantization_mode
-    if mode is not None and mode not in quantized.MODES:
-        raise ValueError(
-            f"Cannot adapt {where}: its kernel is quantized ({mode}), but "
-            f"adapters go on {' and '.join(quantized.MODES)} alone. Quantize "
-            "the model to one of these, load it in a float dtype, such as "
-            "bfloat16, or leave the layer out with `target_layers`."
-        )
-    if layer.kernel_constraint is not None:
-        raise ValueError(
-            f"Cannot adapt {where}: its kernel has the constraint "
-            f"{layer.kernel_constraint!r}, which a frozen kernel plus a delta "
-            "does not keep. Build the layer without `kernel_constraint`, or "
-            "leave it out with `target_layers`."
-        )
+    for name in _CONSTRAINTS:
+        constraint = getattr(layer, name, None)
+        if constraint is not None:
+            raise ValueError(
+                f"Cannot adapt {where}: its kernel has the constraint "
+                f"{constraint!r}, which a frozen kernel plus a delta does not "
+                f"keep. Build the layer without `{name}`, or leave it out with "
+                "`exclude_layers`."
+            )
     validation.rank_fits(rank, axes.input_dim, axes.output_dim, where)
 
 
 def next_seed(streams):
     """Draw the seed of one weight or generator of a layer."""
     return streams.randrange(validation.MAX_SEED)
+
+
+def _reject_keras_lora(kwargs):
+    """Refuse the constructor arguments of Keras's own LoRA."""
+    for name in ("lora_rank", "lora_alpha"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(
+                f"`{name}` belongs to Keras's own LoRA and is not allowed "
+                f"here. Pass `{name.removeprefix('lora_')}` instead."
+            )

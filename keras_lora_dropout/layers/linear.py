@@ -1,63 +1,117 @@
-"""The linear layers that can be adapted, and the axes of their kernels."""
+"""`Dense` and `EinsumDense` with an adapter of any factorization."""
+
+import math
 
 import keras
+from keras import ops
 
 from keras_lora_dropout.core import factors
+from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
+from keras_lora_dropout.layers.adapter import plain_class
 
 
-class AdaptedDense(LoRADropoutAdapter, keras.layers.Dense):
+class AdaptedLinear(LoRADropoutAdapter):
+    """Mixin of a layer whose kernel is one matrix, whatever its axes."""
+
+    quantization_modes = quantized.MODES
+
+    def _adapted_product(self, inputs, training):
+        """The kernel's product and the adapter's part, [L] Eq. 2-3.
+
+        `diag(mask_a) A` and `B diag(mask_b)` are formed once per mask, in the
+        size of the factors; activations are never multiplied by a mask.
+
+        Returns:
+            The layer's output without its bias; a tuple of its parts where
+            the pass asks for them.
+        """
+        axes = self._axes
+        *pair, keep = self._current_factors(training)
+        factor_a, factor_b = (ops.expand_dims(factor, 0) for factor in pair)
+        shared = in_parts = False
+        if keep is not None:
+            shared, in_parts = self._what_is_shared()
+            if not shared:
+                groups = keep[0].shape[0]
+                self._check_groups(inputs, groups, axes.batch_leads)
+            factor_a = factor_a * ops.expand_dims(keep[0], 2)
+            factor_b = factor_b * ops.expand_dims(keep[1], 1)
+        pair = factor_a, factor_b, axes
+        if in_parts:
+            base = self._kernel_product(inputs)
+            return base, *factors.shared_parts(inputs, *pair)
+        if quantized.is_quantized(self):
+            delta = factors.delta_product(inputs, *pair, shared=shared)
+            return ops.add(self._kernel_product(inputs), delta)
+        in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
+        return factors.adapted_product(
+            inputs, self.kernel, *pair, shared=shared, in_groups=in_groups
+        )
+
+    def _kernel_product(self, inputs):
+        if not quantized.is_quantized(self):
+            return factors.kernel_product(inputs, self.kernel, self._axes)
+        plain = plain_class(type(self))
+        return quantized.quantized_product(self, inputs, plain)
+
+    def _multiplies_in_groups(self, inputs, groups):
+        """Whether the kernel's product has the layout of the mask groups.
+
+        XLA computes what two layouts read, such as an activation, once for
+        each. That is worse than a copy of the kernel for each group, unless
+        groups are small.
+        """
+        axes, shape = self._axes, inputs.shape
+        if keras.config.backend() != "jax" or groups in (None, 1):
+            return False
+        if not all(isinstance(size, int) for size in shape):
+            return False
+        rows = math.prod(shape) // axes.input_dim
+        sizes = axes.input_dim, axes.output_dim
+        return groups * math.prod(sizes) <= rows * sum(sizes)
+
+    def call(self, inputs, training=None):
+        if self._adds_delta:
+            x = self._adapted_product(inputs, training)
+        else:
+            x = self._kernel_product(inputs)
+        parts = ()
+        if isinstance(x, tuple):
+            x, *parts = x
+        if self.bias is not None:
+            x = ops.add(x, self.bias)
+        if parts:
+            return x, *parts
+        if self.activation is not None:
+            x = self._activate(x, training)
+        return x
+
+    def quantized_call(self, *args, **kwargs):
+        """What Keras calls in place of `call` if the kernel is quantized."""
+        return self.call(*args, **kwargs)
+
+    def _activate(self, x, training):
+        # JAX would keep every intermediate of the activation for the backward
+        # pass; recomputed from its input, they cost less than their storage.
+        is_plain = self.activation is keras.activations.linear
+        not_training = training is None or training is False
+        if keras.config.backend() != "jax" or not_training or is_plain:
+            return self.activation(x)
+        return keras.remat(self.activation)(x)
+
+
+class AdaptedDense(AdaptedLinear, keras.layers.Dense):
     """A `Dense` layer with an adapter of any factorization."""
-
-    def __init__(
-        self,
-        units,
-        *args,
-        rank=8,
-        alpha=None,
-        dropout_rate=0.5,
-        rescale=False,
-        seed=None,
-        **kwargs,
-    ):
-        _reject_keras_lora(kwargs)
-        super().__init__(units, *args, **kwargs)
-        self._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
 
     def _factor_axes(self, kernel_shape):
         return factors.dense_axes(kernel_shape)
 
 
-class AdaptedEinsumDense(LoRADropoutAdapter, keras.layers.EinsumDense):
+class AdaptedEinsumDense(AdaptedLinear, keras.layers.EinsumDense):
     """An `EinsumDense` layer with an adapter of any factorization."""
-
-    def __init__(
-        self,
-        equation,
-        output_shape,
-        *args,
-        rank=8,
-        alpha=None,
-        dropout_rate=0.5,
-        rescale=False,
-        seed=None,
-        **kwargs,
-    ):
-        _reject_keras_lora(kwargs)
-        super().__init__(equation, output_shape, *args, **kwargs)
-        self._set_adapter_settings(rank, alpha, dropout_rate, rescale, seed)
 
     def _factor_axes(self, kernel_shape):
         return factors.einsum_axes(
             self.equation, kernel_shape, self.input_spec.ndim
         )
-
-
-def _reject_keras_lora(kwargs):
-    """Refuse the constructor arguments of Keras's own LoRA."""
-    for name in ("lora_rank", "lora_alpha"):
-        if kwargs.pop(name, None) is not None:
-            raise ValueError(
-                f"`{name}` belongs to Keras's own LoRA and is not allowed "
-                f"here. Pass `{name.removeprefix('lora_')}` instead."
-            )

@@ -13,7 +13,8 @@ from keras_lora_dropout.core.keras_internals import copy_with
 
 MODES = ("int8", "int4")
 _LINEAR = {"bias": None, "activation": None}
-_WEIGHTS = ("_kernel", "kernel_scale", "kernel_zero", "g_idx")
+_KERNELS = "_kernel", "kernel", "_embeddings"
+_WEIGHTS = *_KERNELS, "kernel_scale", "kernel_zero", "g_idx"
 
 
 def is_quantized(layer):
@@ -23,12 +24,13 @@ def is_quantized(layer):
 
 def kernel_shape(layer):
     """Shape that a built layer's kernel has, or had before quantization."""
-    kernel = layer.kernel if is_quantized(layer) else layer._kernel
-    return tuple(kernel.shape)
+    if is_quantized(layer):
+        return tuple(layer.kernel.shape)
+    return tuple(kernel_weights(layer)[0].shape)
 
 
 def kernel_weights(layer):
-    """The variables of a layer that make up its kernel."""
+    """The variables of a layer that make up its kernel, itself first."""
     return [vars(layer)[name] for name in _WEIGHTS if name in vars(layer)]
 
 

@@ -50,7 +50,7 @@ class RankAllocator:
         if record is not None:
             self._final_record = _record_from(record)
             return
-        sizes = [(lyr.lora_rank, *lyr.mask_sizes) for _, lyr in layers]
+        sizes = [(lyr.lora_rank, *lyr.factor_sizes) for _, lyr in layers]
         self.stacks = factors.stacks(sizes)
         initial = {
             "rank_removal_steps": NEVER,
@@ -227,7 +227,7 @@ class RankAllocator:
             ]
             smoothed.assign(new[0])
             uncertainty.assign(new[1])
-            input_dim = layers[0].mask_sizes[0]
+            input_dim = layers[0].factor_sizes[0]
             stack = importance.importance(*new, input_dim)
             scores.update(zip(positions, ops.unstack(stack), strict=True))
         return ops.concatenate([scores[i] for i in range(len(self.layers))])
@@ -263,7 +263,7 @@ class RankAllocator:
         layers = [layer for _, layer in self.layers if layer.lora_rank]
         pairs = []
         for positions in factors.stacks(
-            (layer.lora_rank, *layer.mask_sizes) for layer in layers
+            (layer.lora_rank, *layer.factor_sizes) for layer in layers
         ):
             lora_kernel_a, _, lora_kernel_b = factors.stacked_factors(
                 [layers[position] for position in positions]
