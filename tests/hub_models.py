@@ -1,4 +1,4 @@
-"""Tiny KerasHub tasks, built without a preset: text, and image transformers."""
+"""Tiny KerasHub tasks, built without a preset: text and images."""
 
 import inspect
 
@@ -173,40 +173,148 @@ TINY = {
     },
     "ViTBackbone": {**PATCHES, "mlp_dim": 32},
 }
+PICTURE = {"image_shape": (32, 32, 3)}
+RESNET = {
+    "input_conv_filters": [64],
+    "input_conv_kernel_sizes": [3],
+    "stackwise_num_filters": [64, 8],  # The first cannot be less.
+    "stackwise_num_blocks": [1, 1],
+    "stackwise_num_strides": [1, 2],
+    "block_type": "basic_block",
+}
+# Those whose kernels are convolutions.
+TINY_CONVOLUTIONS = {
+    "CSPNetBackbone": {
+        "image_shape": IMAGE,
+        "stem_filters": 4,
+        "stem_kernel_size": 3,
+        "stem_strides": 1,
+        "stackwise_depth": [1, 1],
+        "stackwise_strides": [1, 2],
+        "stackwise_num_filters": [4, 8],
+        "block_type": "dark_block",
+        "stage_type": "dark",
+    },
+    "DeepLabV3Backbone": lambda: {
+        **PICTURE,
+        "image_encoder": models.ResNetBackbone(**RESNET, **PICTURE),
+        "projection_filters": 4,
+        "low_level_feature_key": "P2",
+        "spatial_pyramid_pooling_key": "P3",
+        "upsampling_size": 2,
+        "dilation_rates": [1, 2],
+    },
+    "DenseNetBackbone": {
+        **PICTURE,
+        "stackwise_num_repeats": [1, 1],
+        "growth_rate": 4,
+    },
+    "EfficientNetBackbone": {
+        "input_shape": IMAGE,
+        "stackwise_width_coefficients": [1.0, 1.0],
+        "stackwise_depth_coefficients": [1.0, 1.0],
+        "stackwise_kernel_sizes": [3, 3],
+        "stackwise_num_repeats": [1, 1],
+        "stackwise_input_filters": [8, 8],
+        "stackwise_output_filters": [8, 8],
+        "stackwise_expansion_ratios": [2, 2],
+        "stackwise_squeeze_and_excite_ratios": [0.0, 0.25],
+        "stackwise_strides": [1, 2],
+        "stackwise_block_types": ["v1", "unfused"],
+        "stackwise_force_input_filters": [0, 0],
+        "stackwise_nores_option": [False, False],
+        "min_depth": 4,
+        "num_features": 8,
+    },
+    "HGNetV2Backbone": {
+        "image_shape": IMAGE,
+        "depths": [1, 1],
+        "embedding_size": 4,
+        "hidden_sizes": [8, 8],
+        "stem_channels": [3, 4, 4],
+        "hidden_act": "relu",
+        "use_learnable_affine_block": False,
+        "stackwise_stage_filters": [(4, 4, 8, 1, 1, 3), (8, 4, 8, 1, 1, 3)],
+        "apply_downsample": [False, True],
+        "use_lightweight_conv_block": [False, True],
+    },
+    "MobileNetBackbone": {
+        **PICTURE,
+        "stackwise_expansion": [[8]],
+        "stackwise_num_blocks": [1],
+        "stackwise_num_filters": [[8]],
+        "stackwise_kernel_size": [[3]],
+        "stackwise_num_strides": [[2]],
+        "stackwise_se_ratio": [[0.25]],
+        "stackwise_activation": [["relu"]],
+        "stackwise_padding": [[1]],
+        "input_num_filters": 8,
+        "output_num_filters": 8,
+        "depthwise_filters": 8,
+        "depthwise_stride": 1,
+        "depthwise_residual": False,
+        "last_layer_filter": 8,
+        "squeeze_and_excite": 0.5,
+    },
+    "MobileNetV5Backbone": {
+        **PICTURE,
+        "stackwise_block_types": [["er"], ["uir", "mqa"]],
+        "stackwise_num_blocks": [1, 2],
+        "stackwise_num_filters": [[8], [8, 8]],
+        "stackwise_strides": [[2], [2, 1]],
+        "stackwise_act_layers": [["relu"], ["relu", "relu"]],
+        "stackwise_exp_ratios": [[2.0], [2.0, 1.0]],
+        "stackwise_se_ratios": [[0.0], [0.0, 0.0]],
+        "stackwise_dw_kernel_sizes": [[0], [3, 3]],
+        "stackwise_dw_start_kernel_sizes": [[0], [0, 0]],
+        "stackwise_dw_end_kernel_sizes": [[0], [0, 0]],
+        "stackwise_exp_kernel_sizes": [[3], [0, 0]],
+        "stackwise_pw_kernel_sizes": [[1], [0, 0]],
+        "stackwise_num_heads": [[0], [0, 2]],
+        "stackwise_key_dims": [[0], [0, 4]],
+        "stackwise_value_dims": [[0], [0, 4]],
+        "stackwise_kv_strides": [[0], [0, 1]],
+        "stackwise_use_cpe": [[False], [False, False]],
+        "use_msfa": False,
+        "stem_size": 4,
+        "num_features": 16,
+    },
+    "ResNetBackbone": {"image_shape": IMAGE, **RESNET},
+    "VGGBackbone": {
+        **PICTURE,
+        "stackwise_num_repeats": [1, 1],
+        "stackwise_num_filters": [4, 8],
+    },
+    "XceptionBackbone": {
+        **PICTURE,
+        "stackwise_conv_filters": [[4, 8], [8, 8]],
+        "stackwise_pooling": [True, False],
+    },
+}
+SMALL_HEADS = {"pre_logits_num_filters": 8, "head_hidden_size": 16}
 
 
-_CONVOLUTIONS = "convolutions: its blocks have no linear layers to adapt"
 _SEVERAL = "put together of several models: not tried yet"
 # Why a task is not among those that are built.
 NOT_TRIED = {
-    "BASNetImageSegmenter": _CONVOLUTIONS,
+    "BASNetImageSegmenter": _SEVERAL,
     "BLIP2CausalLM": _SEVERAL,
     "BLIP2Seq2SeqLM": _SEVERAL,
-    "CSPNetImageClassifier": _CONVOLUTIONS,
     "DFineObjectDetector": _SEVERAL,
-    "DeepLabV3ImageSegmenter": _CONVOLUTIONS,
-    "DenseNetImageClassifier": _CONVOLUTIONS,
     "DepthAnythingDepthEstimator": _SEVERAL,
-    "EfficientNetImageClassifier": _CONVOLUTIONS,
     "FluxTextToImage": _SEVERAL,
     "Gemma3nCausalLM": _SEVERAL,
     "Gemma4AssistantCausalLM": _SEVERAL,
-    "HGNetV2ImageClassifier": _CONVOLUTIONS,
-    "MobileNetImageClassifier": _CONVOLUTIONS,
-    "MobileNetV5ImageClassifier": _CONVOLUTIONS,
     "MoonshineAudioToText": "sound: not tried yet",
     "PARSeqCausalLM": _SEVERAL,
     "PaliGemmaCausalLM": _SEVERAL,
-    "ResNetImageClassifier": _CONVOLUTIONS,
-    "RetinaNetObjectDetector": _CONVOLUTIONS,
+    "RetinaNetObjectDetector": "its predictions are boxes: not tried yet",
     "SAM3PromptableConceptImageSegmenter": _SEVERAL,
     "SAMImageSegmenter": _SEVERAL,
     "SegFormerImageSegmenter": _SEVERAL,
     "StableDiffusion3ImageToImage": _SEVERAL,
     "StableDiffusion3Inpaint": _SEVERAL,
     "StableDiffusion3TextToImage": _SEVERAL,
-    "VGGImageClassifier": _CONVOLUTIONS,
-    "XceptionImageClassifier": _CONVOLUTIONS,
 }
 
 
@@ -231,6 +339,14 @@ def tried_tasks():
     return [name for name in every_task() if name not in NOT_TRIED]
 
 
+def target_of(name):
+    """What `target_layers` is for all kernels of a task's blocks."""
+    backbone = every_task()[name].backbone_cls.__name__
+    if backbone in TINY_CONVOLUTIONS:
+        return "all-convolutions"
+    return "all-linear"
+
+
 def build(name):
     """Build a task with the same weights each time."""
     keras.utils.set_random_seed(0)
@@ -242,11 +358,12 @@ def build(name):
 
     # Ordinary dropout would hide that parallel instances are those in sequence.
     no_dropout = {"dropout": 0.0, "dropout_rate": 0.0}
-    config = TINY[cls.backbone_cls.__name__]
+    config = {**TINY, **TINY_CONVOLUTIONS}[cls.backbone_cls.__name__]
+    config = config() if callable(config) else config
     backbone = cls.backbone_cls(
         **config, **accepted(cls.backbone_cls, no_dropout)
     )
-    head = accepted(cls, {**no_dropout, "num_classes": 3})
+    head = accepted(cls, {**no_dropout, **SMALL_HEADS, "num_classes": 3})
     task = cls(backbone=backbone, preprocessor=None, **head)
     for layer in task._flatten_layers():
         if isinstance(layer, keras.layers.Dropout):

@@ -82,7 +82,7 @@ TWINS = [
         "Bert",
         {
             # "dense" is in attention, feed-forward and pooler.
-            "target_modules": ["query", "value", "dense"],
+            "target_modules": ["query", "value", "dense", "word_embeddings"],
             "rank_pattern": {
                 "layer.0.attention.self.query": 2,
                 r"layer\.\d+\.intermediate.dense": 6,

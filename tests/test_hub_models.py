@@ -14,10 +14,10 @@ import keras_lora_dropout as kld
 from keras_lora_dropout.core.instances import LayoutError
 
 # Their routers and experts see all tokens of a batch in one row of them, Swin's
-# attention one window after another.
+# attention one window after another; HGNetV2's head normalizes over the batch.
 IN_SEQUENCE = (
     *("GptOss", "Mixtral", "QwenMoe", "Qwen3Moe", "Qwen3_5Moe"),
-    "SwinTransformer",
+    *("SwinTransformer", "HGNetV2"),
 )
 # Blocks that read these kernels, and never call the layers.
 UNCALLED = {"Gemma4": ("ffw_gating", "ffw_gating_2", "ffw_linear")}
@@ -28,6 +28,7 @@ FEW = (
     "BloomCausalLM",
     "Gemma4CausalLM",
     "MixtralCausalLM",
+    "MobileNetImageClassifier",
     "QwenMoeCausalLM",
     "SmolLM3CausalLM",
     "T5GemmaSeq2SeqLM",
@@ -53,7 +54,11 @@ def sampling_of(name):
 
 
 def adapted(name, optimizer=None, **options):
-    options = {"sampling": sampling_of(name), **options}
+    options = {
+        "sampling": sampling_of(name),
+        "target_layers": hub_models.target_of(name),
+        **options,
+    }
     model = hub_models.build(name)
     kld.enable_lora_dropout(model, rank=2, num_samples=2, seed=0, **options)
     # KerasHub's own metrics take labels.
@@ -93,7 +98,9 @@ def trained(name):
         lambda out: generator.normal(size=out.shape).astype("float32"), before
     )
     frozen = [
-        w for w in model.weights if not w.trainable and "seed" not in w.name
+        w
+        for w in model.backbone.weights
+        if not w.trainable and "seed" not in w.name
     ]
     frozen = list(zip(frozen, arrays(frozen), strict=True))
     factors = {path: arrays(lyr.factors) for path, lyr in model.adapted_layers}
@@ -101,9 +108,20 @@ def trained(name):
     return model, x, frozen, factors
 
 
-def test_all_linear_layers_of_the_blocks_are_adapted(name):
+def test_all_kernels_of_the_blocks_are_adapted(name):
     model = hub_models.build(name)
+    target = hub_models.target_of(name)
     linear = keras.layers.Dense, keras.layers.EinsumDense
+    if target == "all-convolutions":
+        expected = [
+            layer
+            for layer in model.backbone._flatten_layers()
+            if type(layer).__name__ in ("Conv2D", "DepthwiseConv2D")
+        ]
+        kld.enable_lora_dropout(model, rank=1, target_layers=target)
+        found = {id(layer) for _, layer in model.adapted_layers}
+        assert found == {id(layer) for layer in expected} and found
+        return
     left_out = next((v for k, v in UNCALLED.items() if name.startswith(k)), ())
     expected = [
         layer
@@ -128,7 +146,8 @@ def test_every_task_is_tried_or_has_a_reason():
     unknown = [
         name
         for name in hub_models.tried_tasks()
-        if tasks[name].backbone_cls.__name__ not in hub_models.TINY
+        if tasks[name].backbone_cls.__name__
+        not in {**hub_models.TINY, **hub_models.TINY_CONVOLUTIONS}
     ]
     assert not unknown, "Add a tiny configuration, or a reason why not."
 

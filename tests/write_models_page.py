@@ -19,11 +19,12 @@ import keras_hub
 from test_hub_models import runs_in_sequence
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.conversion.trainable import count_entries
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 COLUMNS = {
-    "all linear layers": "test_all_linear_layers_of_the_blocks_are_adapted",
+    "all adapted": "test_all_kernels_of_the_blocks_are_adapted",
     "trains": "test_training_reaches_all_adapters_and_nothing_frozen",
     "ensemble": "test_ensemble_is_the_mean_of_instances_that_differ",
     "in parallel": "test_parallel_instances_are_those_in_sequence",
@@ -75,9 +76,10 @@ def page(passed):
     return f"""# Models
 
 What the tests found for the tasks of KerasHub {keras_hub.__version__}:
-each is built in a tiny configuration of two blocks, with adapters of rank 2 on
-all linear layers of the blocks. `make test-all` runs them all on JAX and
-PyTorch; this page is written from its results.
+each is built in a tiny configuration, with adapters of rank 2 on all linear
+layers of its blocks; where "convolutions" is said, on all convolutions of the
+backbone (`target_layers="all-convolutions"`). `make test-all` runs them all on
+JAX and PyTorch; this page is written from its results.
 
 - *trains*: a step gives every adapter a gradient and changes nothing that is
   frozen.
@@ -101,10 +103,13 @@ Not tried:
 
 
 def adapters_of(name):
-    model = kld.enable_lora_dropout(hub_models.build(name), rank=2)
+    target = hub_models.target_of(name)
+    model = hub_models.build(name)
+    kld.enable_lora_dropout(model, rank=2, target_layers=target)
     layers = [layer for _, layer in model.adapted_layers]
-    count = sum(sum(lyr.mask_sizes) * lyr.lora_rank for lyr in layers)
-    return str(len(layers)), f"{count:,}"
+    count = count_entries(f for layer in layers for f in layer.factors)
+    kind = "" if target == "all-linear" else " convolutions"
+    return f"{len(layers)}{kind}", f"{count:,}"
 
 
 def cell(name, column, test, passed):
@@ -149,6 +154,7 @@ KINDS = {
     "CausalLM": "causal language models",
     "TextEmbedder": "text embedders",
     "ImageClassifier": "image classifiers",
+    "ImageSegmenter": "image segmenters",
 }
 
 

@@ -1,5 +1,6 @@
 """Check a PEFT adapter against a model, all of it, then take it over."""
 
+import keras
 import numpy as np
 
 from keras_lora_dropout.architectures.huggingface.twin import HuggingFaceTwin
@@ -48,7 +49,21 @@ class ImportPlan:
                     f'"{name}" is no linear layer of the model'
                 )
                 continue
-            axes = matrix_axes(self._layers[path])
+            layer = self._layers[path]
+            is_embedding = isinstance(layer, keras.layers.Embedding)
+            if is_embedding != module.is_embedding:
+                kind = "an embedding" if is_embedding else "a linear layer"
+                self._problems.append(
+                    f'"{name}" has no factors of {kind}, as layer "{path}" is'
+                )
+                continue
+            if twin.is_tied(layer):
+                self._problems.append(
+                    f'"{name}" adapts the embeddings alone, but layer "{path}" '
+                    "makes the logits, too"
+                )
+                continue
+            axes = matrix_axes(layer)
             found = module.b.shape[0], module.a.shape[1]
             if found != (axes.output_dim, axes.input_dim):
                 self._problems.append(

@@ -1,7 +1,9 @@
 """Adapters from and for PEFT, on the Hugging Face twin of a KerasHub model."""
 
+import dataclasses
 import pathlib
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -126,6 +128,13 @@ def _saved_weights(model, twin):
             f'Model "{model.name}" has adapted layers without a name at '
             f"Hugging Face: {unknown}. Leave them out with `target_layers`."
         )
+    tied = [p for p, layer in model.adapted_layers if twin.is_tied(layer)]
+    if tied:
+        raise ValueError(
+            f"The layers {tied} are adapted and make the logits, too, but "
+            "PEFT adapts embeddings alone. Leave them out with "
+            "`exclude_layers`, or merge the adapters and export the model."
+        )
     saved = twin.saved_variables()
     heads = {id(layer) for layer, _ in saved.values()}
     adapted = [p for p, layer in model.adapted_layers if id(layer) in heads]
@@ -160,12 +169,17 @@ def _low_rank(layer, kept, masked):
     )
     kept = np.ones(layer.lora_rank, bool) if kept is None else kept
     adaptive = {}
+    is_embedding = isinstance(layer, keras.layers.Embedding)
     if isinstance(layer, AdaLoRAFactors):
         adaptive = {"e": e[0][kept], "initial_rank": max(1, layer.lora_rank)}
     scaling = masks.delta_scale(
         layer.scaling, layer.dropout_rate, layer.rescale, masked=masked
     )
-    return LowRank(a.T[kept], b.T[:, kept], scaling, **adaptive)
+    module = LowRank(
+        a.T[kept], b.T[:, kept], scaling, is_embedding=is_embedding, **adaptive
+    )
+    # PEFT's AdaLoRA has no embeddings; one plain module makes all plain.
+    return module.without_singular_values() if is_embedding else module
 
 
 def _mean_network(layer, kept):
@@ -176,6 +190,6 @@ def _instance(layer, kept, draws, n):
     """The adapter of a layer under one mask instance, as plain LoRA."""
     module = _low_rank(layer, kept, masked=True).without_singular_values()
     mask_a, mask_b = draws.masks_of(layer)
-    return LowRank(
-        module.a * mask_a[n], module.b * mask_b[n][:, None], module.scaling
+    return dataclasses.replace(
+        module, a=module.a * mask_a[n], b=module.b * mask_b[n][:, None]
     )

@@ -21,6 +21,8 @@ class LowRank:
         scaling: Number.
         e: Array of shape `(rank,)` for AdaLoRA, `None` for LoRA.
         initial_rank: AdaLoRA: the rank before anything was pruned.
+        is_embedding: Whether the module is an embedding; `in` is the size of
+            its vocabulary then.
     """
 
     a: np.ndarray
@@ -28,6 +30,7 @@ class LowRank:
     scaling: float
     e: np.ndarray | None = None
     initial_rank: int | None = None
+    is_embedding: bool = False
 
     @property
     def rank(self):
@@ -36,7 +39,7 @@ class LowRank:
     def without_singular_values(self):
         """Return the same as plain LoRA."""
         b = self.b if self.e is None else self.b * self.e
-        return LowRank(self.a, b, self.scaling)
+        return dataclasses.replace(self, b=b, e=None, initial_rank=None)
 
 
 @dataclasses.dataclass(frozen=True)

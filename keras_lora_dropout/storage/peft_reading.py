@@ -1,6 +1,7 @@
 """Read a PEFT adapter folder: settings, factors and whole weights."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 
@@ -14,7 +15,12 @@ from keras_lora_dropout.storage.tensor_files import read_tensors
 
 _PICKLE = "adapter_model.bin"
 # How the names of LoRA's and of AdaLoRA's tensors end.
-_FACTORS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+_FACTORS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+}
 _ADAPTIVE_FACTORS = {".lora_A": "A", ".lora_E": "E", ".lora_B": "B"}
 
 
@@ -34,7 +40,7 @@ def read_peft(directory):
     if settings is None:
         return PeftAdapter({}, {}), problems
     endings = _ADAPTIVE_FACTORS if settings.is_adaptive else _FACTORS
-    factors, saved = collections.defaultdict(dict), {}
+    factors, saved, embeddings = collections.defaultdict(dict), {}, set()
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
         if value is None:
@@ -42,7 +48,10 @@ def read_peft(directory):
             continue
         ending = next((e for e in endings if name.endswith(e)), None)
         if ending is not None:
-            factors[name.removesuffix(ending)][endings[ending]] = value
+            module = name.removesuffix(ending)
+            factors[module][endings[ending]] = value
+            if "embedding" in ending:
+                embeddings.add(module)
         elif ".lora_" in name:
             problems.append(f'"{key}" is no factor of a linear layer')
         else:
@@ -52,7 +61,10 @@ def read_peft(directory):
         wrong = _wrong_factors(module, found, settings)
         problems.extend(wrong)
         if not wrong:
-            modules[module] = _low_rank(module, found, settings)
+            modules[module] = dataclasses.replace(
+                _low_rank(module, found, settings),
+                is_embedding=module in embeddings,
+            )
     for module in settings.rank_pattern if settings.is_adaptive else ():
         if module not in factors:
             problems.append(f'`rank_pattern` names "{module}" without factors')

@@ -66,8 +66,10 @@ def _lora(adapter):
     rank, alpha = _most_common(ranks), _most_common(alphas)
     tensors = {}
     for name, module in plain.items():
-        tensors[f"{name}.lora_A.weight"] = module.a
-        tensors[f"{name}.lora_B.weight"] = module.b
+        a, b = "lora_A.weight", "lora_B.weight"
+        if module.is_embedding:
+            a, b = "lora_embedding_A", "lora_embedding_B"
+        tensors[f"{name}.{a}"], tensors[f"{name}.{b}"] = module.a, module.b
     return {
         "peft_type": "LORA",
         "target_modules": list(plain),

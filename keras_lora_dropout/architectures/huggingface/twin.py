@@ -129,6 +129,14 @@ class HuggingFaceTwin:
                 if not variable.name.startswith("lora_"):
                     yield path, layer, variable
 
+    def is_tied(self, layer):
+        """Whether a layer embeds words and makes logits by the same table.
+
+        PEFT adapts the embeddings alone, not the logits.
+        """
+        makes_logits = self.is_task and self.task_type != "SEQ_CLS"
+        return makes_logits and getattr(layer, "tie_weights", False)
+
     def module_to_save(self, weight):
         """Return the module as which PEFT stores a weight."""
         for module in self.architecture.head_modules:

@@ -34,13 +34,15 @@ def weight_name(module, variable):
 
 
 def matrix_axes(layer):
-    """Return the `FactorAxes` of a `Dense` or `EinsumDense`, else `None`."""
+    """Return the `FactorAxes` of a linear layer or embedding, else `None`."""
     if isinstance(layer, keras.layers.EinsumDense):
         return factors.einsum_axes(
             layer.equation, tuple(layer._kernel.shape), layer.input_spec.ndim
         )
     if isinstance(layer, keras.layers.Dense):
         return factors.dense_axes(tuple(layer._kernel.shape))
+    if isinstance(layer, keras.layers.Embedding):
+        return factors.dense_axes((layer.input_dim, layer.output_dim))
     return None
 
 
