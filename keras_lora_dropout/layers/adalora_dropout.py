@@ -81,8 +81,8 @@ class AdaLoRADropoutDense(AdaLoRAFactors, AdaptedDense):
     [Zhang et al., 2023](https://arxiv.org/abs/2303.10512), Eq. 3.
 
     Args:
-        units: Positive integer. Number of output features.
-        *args: Further positional arguments of `keras.layers.Dense`.
+        *args: Positional arguments of `keras.layers.Dense`: `units`, a positive
+            integer, the number of output features, and so on.
         rank: Positive integer, at most the smaller side of the kernel. Number
             of triplets at the start. Defaults to 8.
         alpha: Positive number or `None`. Strength of the adapter; `None` means
@@ -130,10 +130,10 @@ class AdaLoRADropoutEinsumDense(AdaLoRAFactors, AdaptedEinsumDense):
     [Zhang et al., 2023](https://arxiv.org/abs/2303.10512), Eq. 3.
 
     Args:
-        equation: String. An equation that `keras.layers.EinsumDense` accepts
-            and in which no kernel axis stands in input and output alike.
-        output_shape: Integer or tuple. Output shape without the batch axis.
-        *args: Further positional arguments of `keras.layers.EinsumDense`.
+        *args: Positional arguments of `keras.layers.EinsumDense`: `equation`,
+            a string, in which no kernel axis may stand in input and output
+            alike; `output_shape`, an integer or tuple, the output's shape
+            without the batch axis; and so on.
         rank: Positive integer, at most the smaller of the number of input and
             output features. Number of triplets at the start. Defaults to 8.
         alpha: Positive number or `None`. Strength of the adapter; `None` means

@@ -48,8 +48,8 @@ class LoRADropoutDense(LoRAFactors, AdaptedDense):
     Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 2-3.
 
     Args:
-        units: Positive integer. Number of output features.
-        *args: Further positional arguments of `keras.layers.Dense`.
+        *args: Positional arguments of `keras.layers.Dense`: `units`, a positive
+            integer, the number of output features, and so on.
         rank: Positive integer, at most the smaller side of the kernel. Width
             of the two factors. Defaults to 8.
         alpha: Positive number or `None`. Strength of the adapter; `None` means
@@ -95,10 +95,10 @@ class LoRADropoutEinsumDense(LoRAFactors, AdaptedEinsumDense):
     Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 2-3.
 
     Args:
-        equation: String. An equation that `keras.layers.EinsumDense` accepts
-            and in which no kernel axis stands in input and output alike.
-        output_shape: Integer or tuple. Output shape without the batch axis.
-        *args: Further positional arguments of `keras.layers.EinsumDense`.
+        *args: Positional arguments of `keras.layers.EinsumDense`: `equation`,
+            a string, in which no kernel axis may stand in input and output
+            alike; `output_shape`, an integer or tuple, the output's shape
+            without the batch axis; and so on.
         rank: Positive integer, at most the smaller of the number of input and
             output features. Width of the two factors. Defaults to 8.
         alpha: Positive number or `None`. Strength of the adapter; `None` means
