@@ -11,6 +11,8 @@ import numpy as np
 from keras import backend
 from keras import ops
 
+from keras_lora_dropout.conversion.starting_factors import initial_entry
+from keras_lora_dropout.conversion.starting_factors import initial_names
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.trainable import own_weights
 from keras_lora_dropout.core import validation
@@ -46,7 +48,8 @@ class AdapterState:
 
     Attributes:
         settings: What JSON can hold: `"layers"`, a dictionary of layer path ->
-            kind, rank, alpha, dropout rate and so on; `"rank_budget"`;
+            kind, rank, alpha, dropout rate and so on, with
+            `"initial_factors"` if it has some; `"rank_budget"`;
             `"rank_record"`, the history of ranks once they are compact.
         tensors: Dictionary of name -> NumPy array. The names start with
             `adapters/`, `head/` or `ranks/`.
@@ -94,7 +97,7 @@ def settings_of(model):
 def layer_settings(layer):
     """Return the settings of one adapted layer as plain data."""
     input_dim, output_dim = layer.factor_sizes
-    return {
+    settings = {
         "kind": KINDS[isinstance(layer, AdaLoRAFactors)],
         "rank": layer.lora_rank,
         "alpha": layer.lora_alpha,
@@ -104,6 +107,7 @@ def layer_settings(layer):
         "input_dim": input_dim,
         "output_dim": output_dim,
     }
+    return settings | initial_entry(bool(layer.initial_factors))
 
 
 def put(model, state):
@@ -128,11 +132,11 @@ def put(model, state):
         layer.dropout_rate = new["dropout_rate"]
         layer.rescale = new["rescale"]
         layer.seed = new["seed"]
-        values = [
-            state.tensors[f"adapters/{path}/{name}"]
-            for name in layer.factor_names
-        ]
-        layer.replace_factors(values, new["alpha"])
+        values, initial = (
+            [state.tensors[f"adapters/{path}/{name}"] for name in names]
+            for names in (layer.factor_names, initial_names(new))
+        )
+        layer.replace_factors(values, new["alpha"], initial)
     budget = budget_from(settings["rank_budget"])
     changed |= budget != model.rank_budget
     # A new adapter has no state of ranks yet.
@@ -236,7 +240,10 @@ def checked_settings(settings, path):
     """
     try:
         layers = {
-            path: {name: kind(layer[name]) for name, kind in _FIELDS.items()}
+            path: {
+                **{name: kind(layer[name]) for name, kind in _FIELDS.items()},
+                **initial_entry(bool(initial_names(layer))),
+            }
             for path, layer in settings["layers"].items()
         }
         for layer in layers.values():
@@ -293,6 +300,9 @@ def _expected_tensors(model, settings):
         if new["kind"] == "AdaLoRA":
             yield f"adapters/{path}/lora_lambda", ((rank,), "float32")
         yield f"adapters/{path}/lora_kernel_b", ((rank, sizes[1]), "float32")
+        shapes = (sizes[0], rank), (rank, sizes[1])
+        for name, shape in zip(initial_names(new), shapes, strict=False):
+            yield f"adapters/{path}/{name}", (shape, "float32")
     for name, variable in head_variables(model).items():
         dtype = backend.standardize_dtype(variable.dtype)
         yield name, (tuple(variable.shape), dtype)
@@ -351,9 +361,9 @@ def own_variables(model):
 
 def _factors(model):
     return {
-        f"adapters/{path}/{name}": getattr(layer, name)
+        f"adapters/{path}/{name}": weight
         for path, layer in model.adapted_layers
-        for name in layer.factor_names
+        for name, weight in layer.adapter_weights.items()
     }
 
 

@@ -92,6 +92,9 @@ def _totals(model):
     rates = " or ".join(sorted({f"{layer.dropout_rate:g}" for layer in layers}))
     yield f"Adapter: {kind}, dropout rate {rates}, N = {settings.num_samples}"
     yield f"Adapter params: {count_entries(factors):,} in {len(layers)} layers"
+    initial = [weight for layer in layers for weight in layer.initial_factors]
+    if initial:
+        yield f"Initial factors: {count_entries(initial):,} params, frozen"
     yield f"Other trainable params: {count_entries(others):,}"
     yield f"Non-trainable params: {total - trainable:,}"
     yield f"Trainable: {trainable / total:.2%} of {total:,}"

@@ -7,6 +7,7 @@ import random
 from keras_lora_dropout.conversion import adapter_state
 from keras_lora_dropout.conversion import stable_paths
 from keras_lora_dropout.conversion.adapter_state import AdapterState
+from keras_lora_dropout.conversion.starting_factors import INITIAL
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.rank_budget import check_rank_budget
 from keras_lora_dropout.core.rank_budget import check_target
@@ -308,6 +309,7 @@ def _layer_options(path, own, options, budget, streams):
     """Settings of one layer of a new adapter."""
     new = dict(own, seed=streams.randrange(validation.MAX_SEED))
     new["kind"] = "LoRA" if budget is None else "AdaLoRA"
+    new.pop(INITIAL, None)  # It starts at zero.
     rank = options["rank"]
     if budget is not None and budget.initial_rank is not None:
         rank = budget.initial_rank

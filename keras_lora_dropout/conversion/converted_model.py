@@ -19,6 +19,7 @@ from keras_lora_dropout.conversion.recipe import RECIPE
 from keras_lora_dropout.conversion.recipe import recipe_of
 from keras_lora_dropout.conversion.recipe import restore
 from keras_lora_dropout.conversion.recipe import with_paths_of
+from keras_lora_dropout.conversion.starting_factors import initial_names
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.layers import adapt
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
@@ -197,16 +198,17 @@ def attach(model, recipe):
         if isinstance(layer, LoRADropoutAdapter):
             adapt.switch_kind(layer, adaptive=adaptive)
             layer.resize(settings["rank"], settings["alpha"])
-            continue
-        adapt.adapt(
-            layer,
-            adaptive=adaptive,
-            rank=settings["rank"],
-            alpha=settings["alpha"],
-            dropout_rate=settings["dropout_rate"],
-            rescale=settings["rescale"],
-            seed=settings["seed"],
-        )
+        else:
+            adapt.adapt(
+                layer,
+                adaptive=adaptive,
+                rank=settings["rank"],
+                alpha=settings["alpha"],
+                dropout_rate=settings["dropout_rate"],
+                rescale=settings["rescale"],
+                seed=settings["seed"],
+            )
+        layer.hold_initial_factors(bool(initial_names(settings)))
     convert(
         model,
         SamplingSettings(**recipe["sampling"]),

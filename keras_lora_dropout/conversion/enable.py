@@ -9,6 +9,8 @@ import keras
 from keras_lora_dropout.conversion.converted_model import convert
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.conversion.model import SamplingSettings
+from keras_lora_dropout.conversion.starting_factors import check_initialization
+from keras_lora_dropout.conversion.starting_factors import starting_factors
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.targets import select_targets
 from keras_lora_dropout.conversion.targets import select_trainable
@@ -40,6 +42,7 @@ def enable_lora_dropout(
     rank_pattern=None,
     alpha_pattern=None,
     use_rslora=False,
+    init_lora_weights="he_uniform",
     trainable_layers="head",
     mask_sharing="batch",
     mask_sampling="bernoulli",
@@ -103,6 +106,19 @@ def enable_lora_dropout(
             keeps the strength of high ranks ([Kalajdzievski,
             2023](https://arxiv.org/abs/2312.03732)). It needs `alpha`. Layers
             hold it as `lora_alpha = alpha * sqrt(rank)`.
+        init_lora_weights: Where the factors A and B start, under PEFT's names.
+            The mean network starts at the base model with each of them.
+            `"he_uniform"`: A is random, B is zero. `"gaussian"`: likewise, A
+            of standard deviation `1 / rank`. `"orthogonal"`: both are random,
+            in halves of one orthonormal basis, so that `A @ B` is zero; it
+            needs a rank of 2 or more. `"pissa"`: the delta is the kernel's
+            principal part, by its largest singular values ([Meng et al.,
+            2024](https://arxiv.org/abs/2404.02948), Eq. 2-3). `"olora"`: the
+            first vectors of the kernel's QR decomposition ([Büyükakyüz,
+            2024](https://arxiv.org/abs/2406.01775), Sec. 3). With these two,
+            layers subtract that start again, from frozen copies of it and
+            unmasked. Masks then drop parts of the kernel itself, so choose
+            low dropout rates. Not with a `rank_budget`.
         trainable_layers: What stays trainable besides the adapters. `"head"`:
             the layers outside the backbone (of a plain model, those that
             produce its outputs). `None`: nothing. Or names, a regular
@@ -159,11 +175,12 @@ def enable_lora_dropout(
         num_samples, mask_sharing, sampling, mask_sampling
     )
     rank = _initial_rank(rank, rank_budget)
+    adaptive = rank_budget is not None
     adapter_settings = {
-        "adaptive": rank_budget is not None,
         "dropout_rate": validation.dropout_rate(dropout_rate),
         "rescale": validation.boolean("rescale", rescale),
     }
+    check_initialization(init_lora_weights, rank_budget)
     validation.boolean("optimize", optimize)
     streams = random.Random(validation.seed(seed))
     _check_model(model)
@@ -174,16 +191,22 @@ def enable_lora_dropout(
     for path, layer in targets:
         adapt.check_adaptable(layer, ranks[path], f'layer "{path}"')
     trainable = select_trainable(model, trainable_layers)
+    settings_of = {
+        path: {
+            "rank": ranks[path],
+            "alpha": alphas[path],
+            "seed": streams.randrange(validation.MAX_SEED),
+            **adapter_settings,
+        }
+        for path in paths
+    }
+    starts = starting_factors(targets, settings_of, init_lora_weights)
 
     plain_trainable = trainable_flags(model)
     for path, layer in targets:
-        adapt.adapt(
-            layer,
-            rank=ranks[path],
-            alpha=alphas[path],
-            seed=streams.randrange(validation.MAX_SEED),
-            **adapter_settings,
-        )
+        adapt.adapt(layer, adaptive=adaptive, **settings_of[path])
+        if path in starts:
+            layer.replace_factors(alpha=alphas[path], **starts[path])
     freeze(model, trainable)
     seed = streams.randrange(validation.MAX_SEED)
     convert(model, settings, seed, rank_budget, plain_trainable, optimize)

@@ -14,6 +14,7 @@ _FROM_FILE = (
     "alpha_pattern",
     "use_rslora",
     "rank_budget",
+    "init_lora_weights",
 )
 
 

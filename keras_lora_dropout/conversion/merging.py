@@ -199,6 +199,9 @@ def merged_kernel(layer, keep=None):
         layer.scaling, layer.dropout_rate, layer.rescale, keep is not None
     )
     delta = layer._axes.delta(a, b * scale, keep)
+    if layer.initial_factors:
+        a, b = (ops.cast(factor, dtype) for factor in layer.initial_factors)
+        delta = delta - layer._axes.delta(a, b * layer.mean_scale)
     return ops.cast(ops.cast(kernel, dtype) + delta, kernel.dtype)
 
 

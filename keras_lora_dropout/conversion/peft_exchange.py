@@ -44,6 +44,10 @@ class PeftExchange:
         multiplied in. The mean of their outputs is that of
         `ensemble_predict(x, num_samples=N, seed=seed)`.
 
+        Layers that started as PiSSA or OLoRA have twice their rank there: as
+        PEFT's own conversion to plain LoRA does, what the factors started at
+        is subtracted, since the base model is the unchanged one.
+
         BERT, RoBERTa, DeBERTaV3, Llama, Mistral, Gemma and Qwen2 are known.
 
         Args:
@@ -183,13 +187,30 @@ def _low_rank(layer, kept, masked):
 
 
 def _mean_network(layer, kept):
-    return _low_rank(layer, kept, masked=False)
+    return _minus_initial(layer, _low_rank(layer, kept, masked=False))
 
 
 def _instance(layer, kept, draws, n):
     """The adapter of a layer under one mask instance, as plain LoRA."""
     module = _low_rank(layer, kept, masked=True).without_singular_values()
     mask_a, mask_b = draws.masks_of(layer)
-    return dataclasses.replace(
+    masked = dataclasses.replace(
         module, a=module.a * mask_a[n], b=module.b * mask_b[n][:, None]
+    )
+    return _minus_initial(layer, masked)
+
+
+def _minus_initial(layer, module):
+    """Subtract what the layer's factors started at, as further ranks.
+
+    So does PEFT itself (`subtract_mutated_init`).
+    """
+    if not layer.initial_factors:
+        return module
+    a, b = map(ops.convert_to_numpy, layer.initial_factors)
+    b = b * (layer.mean_scale / module.scaling)
+    return LowRank(
+        np.concatenate([module.a, a.T], axis=0),
+        np.concatenate([module.b, -b.T], axis=1),
+        module.scaling,
     )

@@ -12,6 +12,7 @@ from keras_lora_dropout.core.keras_internals import Unquantizable
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.layers import quantized
+from keras_lora_dropout.layers.initial_factors import InitialFactors
 
 _RANDOM_STATE = "seed_generator_state"
 _CONSTRAINTS = (
@@ -21,7 +22,7 @@ _CONSTRAINTS = (
 )
 
 
-class LoRADropoutAdapter(Unquantizable):
+class LoRADropoutAdapter(InitialFactors, Unquantizable):
     """Mixin that gives a linear Keras layer a LoRA Dropout adapter.
 
     A concrete layer adds two parts. A kind of layer says on which axes its
@@ -121,9 +122,9 @@ class LoRADropoutAdapter(Unquantizable):
 
     def drop_factors(self):
         """Lose the weights of the factors; others must take their place."""
-        forget_attributes(self, self.factor_names)
+        forget_attributes(self, list(self.adapter_weights))
 
-    def replace_factors(self, values, alpha):
+    def replace_factors(self, values, alpha, initial=()):
         """Give the adapter other factors, of any rank, in place.
 
         The weights stay the same objects if the rank does. With rank 0 the
@@ -133,13 +134,20 @@ class LoRADropoutAdapter(Unquantizable):
             values: Arrays in the order of `factor_names`, such as
                 `(input_dim, rank)` and `(rank, output_dim)`.
             alpha: Positive number. Strength, so that `scaling = alpha / rank`.
+            initial: Arrays that take the place of `initial_factors`; empty if
+                nothing is to be subtracted.
         """
         self.resize(values[-1].shape[0], alpha)
-        for factor, value in zip(self.factors, values, strict=True):
-            factor.assign(value)
+        self.hold_initial_factors(bool(initial))
+        for weight, value in zip(
+            self.adapter_weights.values(), (*values, *initial), strict=True
+        ):
+            weight.assign(value)
 
     def resize(self, rank, alpha):
         """Give the factors another rank, in place; they are zeros then.
+
+        Initial factors are lost with the factors that started there.
 
         Args:
             rank: Integer, 0 or more. Nothing happens to factors of that rank.
@@ -283,8 +291,8 @@ class LoRADropoutAdapter(Unquantizable):
 
     def _save_adapter(self, store):
         if self.built:
-            for name in self.factor_names:
-                store[name] = getattr(self, name)
+            for name, weight in self.adapter_weights.items():
+                store[name] = weight
             store[_RANDOM_STATE] = self.seed_generator.state
 
     def load_own_variables(self, store):
@@ -295,8 +303,8 @@ class LoRADropoutAdapter(Unquantizable):
         self._load_adapter(store)
 
     def _load_adapter(self, store):
-        for name in self.factor_names:
-            getattr(self, name).assign(store[name])
+        for name, weight in self.adapter_weights.items():
+            weight.assign(store[name])
         self.seed_generator.state.assign(store[_RANDOM_STATE])
 
 

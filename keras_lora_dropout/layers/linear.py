@@ -37,7 +37,7 @@ class AdaptedLinear(LoRADropoutAdapter):
                 self._check_groups(inputs, groups, axes.batch_leads)
             factor_a = factor_a * ops.expand_dims(keep[0], 2)
             factor_b = factor_b * ops.expand_dims(keep[1], 1)
-        pair = factor_a, factor_b, axes
+        pair = *self.minus_initial(factor_a, factor_b), axes
         if in_parts:
             base = self._kernel_product(inputs)
             return base, *factors.shared_parts(inputs, *pair)
