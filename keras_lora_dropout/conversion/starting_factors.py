@@ -1,5 +1,6 @@
 """Where the factors of a model's adapters start: `init_lora_weights`."""
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -10,6 +11,7 @@ from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapt import adapter_class
 from keras_lora_dropout.layers.initial_factors import INITIAL_NAMES
 
+_MATRICES = keras.layers.Dense, keras.layers.EinsumDense
 # In the settings of a layer that has initial factors; no other has the entry.
 INITIAL = "initial_factors"
 
@@ -70,6 +72,15 @@ def starting_factors(targets, settings, init_lora_weights):
 
 def _values(layer, init_lora_weights, rank, alpha, dropout_rate, rescale, seed):
     """The two factors of one layer, float32."""
+    from_kernel = init_lora_weights in initialization.FROM_KERNEL
+    if isinstance(layer, keras.layers.Embedding) or (
+        from_kernel and not isinstance(layer, _MATRICES)
+    ):
+        raise ValueError(
+            f"init_lora_weights={init_lora_weights!r} is not made for "
+            f"{type(layer).__name__}. Leave the layer out with "
+            "`exclude_layers`, or pass 'he_uniform', which all layers take."
+        )
     keras_class = type(layer)
     axes = adapter_class(keras_class)._factor_axes(
         layer, quantized.kernel_shape(layer)
