@@ -138,6 +138,7 @@ TWINS = [
                 "intermediate.dense",
             ],
             "modules_to_save": ["pooler"],
+            "use_dora": True,
         },
         {
             "target_modules": ["query_proj", "key_proj", "output.dense"],

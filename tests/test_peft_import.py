@@ -240,7 +240,7 @@ def test_patterns_fit_the_end_of_names_in_their_order(tmp_path):
     [
         ({"peft_type": "IA3"}, "`peft_type` is 'IA3'"),
         ({"peft_type": None}, '"LORA" and "ADALORA" are read'),
-        ({"use_dora": True}, "DoRA cannot be read"),
+        ({"use_qalora": True}, "QALoRA cannot be read"),
         ({"bias": "all"}, 'only bias="none"'),
         ({"fan_in_fan_out": True}, "`fan_in_fan_out` is True"),
         ({"init_lora_weights": "pissa"}, "which changes the base model"),
@@ -273,11 +273,11 @@ def test_all_differences_are_named_at_once(exported):
         tensors["base_model.model.pooler.dense.bias"] = np.zeros(16, "int32")
 
     change_tensors(exported, change)
-    change_config(exported, use_dora=True)
+    change_config(exported, use_qalora=True)
     assert_refused(
         of_queries(),
         exported,
-        "DoRA cannot be read",
+        "QALoRA cannot be read",
         f'"{QUERY_PROJ.format(0)}" lacks lora_B',
         f'"{QUERY_PROJ.format(1)}" maps 5 features to 16',
         '"deberta.encoder.layer.9.output.dense" is no linear layer',
@@ -302,12 +302,12 @@ def test_layers_that_only_one_side_adapts_are_named(exported):
 
 
 def test_a_plain_model_stays_plain_when_an_import_fails(exported):
-    change_config(exported, use_dora=True)
+    change_config(exported, use_qalora=True)
     model = plain()
-    with pytest.raises(ValueError, match="DoRA"):
+    with pytest.raises(ValueError, match="QALoRA"):
         kld.import_peft(model, exported)
     assert type(model) is models.DebertaV3TextClassifier
-    change_config(exported, use_dora=False)
+    change_config(exported, use_qalora=False)
     with pytest.raises(ValueError, match="dropout_rate"):
         kld.import_peft(model, exported, dropout_rate=2)
     assert type(model) is models.DebertaV3TextClassifier

@@ -17,12 +17,10 @@ from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.trainable import own_weights
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.rank_budget import RankBudget
-from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
+from keras_lora_dropout.layers.adapt import KINDS
 from keras_lora_dropout.layers.adapt import switch_kind
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.training.rank_allocator import state_shapes
-
-KINDS = ("LoRA", "AdaLoRA")
 
 
 def _optional_integer(value):
@@ -98,7 +96,7 @@ def layer_settings(layer):
     """Return the settings of one adapted layer as plain data."""
     input_dim, output_dim = layer.factor_sizes
     settings = {
-        "kind": KINDS[isinstance(layer, AdaLoRAFactors)],
+        "kind": layer.kind,
         "rank": layer.lora_rank,
         "alpha": layer.lora_alpha,
         "dropout_rate": layer.dropout_rate,
@@ -128,7 +126,7 @@ def put(model, state):
         changed |= layer_settings(layer) | {"seed": None} != new | {
             "seed": None
         }
-        switch_kind(layer, adaptive=new["kind"] == "AdaLoRA")
+        switch_kind(layer, kind=new["kind"])
         layer.dropout_rate = new["dropout_rate"]
         layer.rescale = new["rescale"]
         layer.seed = new["seed"]
@@ -299,6 +297,8 @@ def _expected_tensors(model, settings):
         yield f"adapters/{path}/lora_kernel_a", ((sizes[0], rank), "float32")
         if new["kind"] == "AdaLoRA":
             yield f"adapters/{path}/lora_lambda", ((rank,), "float32")
+        if new["kind"] == "DoRA":
+            yield f"adapters/{path}/lora_magnitude", ((sizes[1],), "float32")
         yield f"adapters/{path}/lora_kernel_b", ((rank, sizes[1]), "float32")
         shapes = (sizes[0], rank), (rank, sizes[1])
         for name, shape in zip(initial_names(new), shapes, strict=False):

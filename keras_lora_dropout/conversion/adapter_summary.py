@@ -88,7 +88,7 @@ def _totals(model):
     )
     others = [w for w in model.trainable_weights if id(w) not in ours]
     settings = model.lora_dropout
-    kind = "LoRA" if model.rank_allocator is None else "AdaLoRA"
+    kind = " or ".join(sorted({layer.kind for layer in layers}))
     rates = " or ".join(sorted({f"{layer.dropout_rate:g}" for layer in layers}))
     yield f"Adapter: {kind}, dropout rate {rates}, N = {settings.num_samples}"
     yield f"Adapter params: {count_entries(factors):,} in {len(layers)} layers"

@@ -226,7 +226,7 @@ class Adapters:
             new = settings[path]
             fresh = adapt.fresh_factors(
                 layer,
-                adaptive=new["kind"] == "AdaLoRA",
+                kind=new["kind"],
                 rank=new["rank"],
                 seed=new["seed"],
             )
@@ -308,7 +308,10 @@ def _read(model, path):
 def _layer_options(path, own, options, budget, streams):
     """Settings of one layer of a new adapter."""
     new = dict(own, seed=streams.randrange(validation.MAX_SEED))
-    new["kind"] = "LoRA" if budget is None else "AdaLoRA"
+    if budget is not None:
+        new["kind"] = "AdaLoRA"
+    elif own["kind"] == "AdaLoRA":
+        new["kind"] = "LoRA"
     new.pop(INITIAL, None)  # It starts at zero.
     rank = options["rank"]
     if budget is not None and budget.initial_rank is not None:

@@ -194,14 +194,14 @@ def attach(model, recipe):
     recipe = with_paths_of(model, recipe)
     layers = layer_paths(model)
     for path, settings in recipe["adapter"]["layers"].items():
-        layer, adaptive = layers[path], settings["kind"] == "AdaLoRA"
+        layer, kind = layers[path], settings["kind"]
         if isinstance(layer, LoRADropoutAdapter):
-            adapt.switch_kind(layer, adaptive=adaptive)
+            adapt.switch_kind(layer, kind=kind)
             layer.resize(settings["rank"], settings["alpha"])
         else:
             adapt.adapt(
                 layer,
-                adaptive=adaptive,
+                kind=kind,
                 rank=settings["rank"],
                 alpha=settings["alpha"],
                 dropout_rate=settings["dropout_rate"],

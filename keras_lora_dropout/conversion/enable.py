@@ -42,6 +42,7 @@ def enable_lora_dropout(
     rank_pattern=None,
     alpha_pattern=None,
     use_rslora=False,
+    use_dora=False,
     init_lora_weights="he_uniform",
     trainable_layers="head",
     mask_sharing="batch",
@@ -106,6 +107,11 @@ def enable_lora_dropout(
             keeps the strength of high ranks ([Kalajdzievski,
             2023](https://arxiv.org/abs/2312.03732)). It needs `alpha`. Layers
             hold it as `lora_alpha = alpha * sqrt(rank)`.
+        use_dora: Boolean. Whether each output feature has a magnitude of its
+            own, a weight that trains: the kernel plus the mean network's delta
+            is divided by its column's norm and multiplied by it ([Liu et al.,
+            2024](https://arxiv.org/abs/2402.09353), Eq. 5). On `Dense` and
+            `EinsumDense` of floats; not with a `rank_budget`.
         init_lora_weights: Where the factors A and B start, under PEFT's names.
             The mean network starts at the base model with each of them.
             `"he_uniform"`: A is random, B is zero. `"gaussian"`: likewise, A
@@ -175,7 +181,7 @@ def enable_lora_dropout(
         num_samples, mask_sharing, sampling, mask_sampling
     )
     rank = _initial_rank(rank, rank_budget)
-    adaptive = rank_budget is not None
+    kind = _kind(use_dora, rank_budget)
     adapter_settings = {
         "dropout_rate": validation.dropout_rate(dropout_rate),
         "rescale": validation.boolean("rescale", rescale),
@@ -189,7 +195,7 @@ def enable_lora_dropout(
     ranks = _ranks(rank, rank_pattern, rank_budget, paths)
     alphas = _alphas(alpha, alpha_pattern, use_rslora, ranks)
     for path, layer in targets:
-        adapt.check_adaptable(layer, ranks[path], f'layer "{path}"')
+        adapt.check_adaptable(layer, kind, ranks[path], f'layer "{path}"')
     trainable = select_trainable(model, trainable_layers)
     settings_of = {
         path: {
@@ -204,15 +210,31 @@ def enable_lora_dropout(
 
     plain_trainable = trainable_flags(model)
     for path, layer in targets:
-        adapt.adapt(layer, adaptive=adaptive, **settings_of[path])
+        adapt.adapt(layer, kind=kind, **settings_of[path])
         if path in starts:
-            layer.replace_factors(alpha=alphas[path], **starts[path])
+            (a, b), initial = starts[path]
+            values = a, *layer.factors[1:-1], b
+            layer.replace_factors(values, alphas[path], initial)
     freeze(model, trainable)
     seed = streams.randrange(validation.MAX_SEED)
     convert(model, settings, seed, rank_budget, plain_trainable, optimize)
     _report(model)
     _warn_of_quantized(trainable)
     return model
+
+
+def _kind(use_dora, rank_budget):
+    """Which of `adapt.KINDS` the adapters are."""
+    if not validation.boolean("use_dora", use_dora):
+        return "LoRA" if rank_budget is None else "AdaLoRA"
+    if rank_budget is not None:
+        raise ValueError(
+            "`use_dora` goes with a fixed rank, as in PEFT; a `rank_budget` "
+            "selects AdaLoRA, which has singular values of its own. Received: "
+            f"use_dora=True, rank_budget={rank_budget!r}. Leave one of them "
+            "out."
+        )
+    return "DoRA"
 
 
 def _initial_rank(rank, rank_budget):

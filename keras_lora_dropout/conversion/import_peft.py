@@ -13,6 +13,7 @@ _FROM_FILE = (
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "rank_budget",
     "init_lora_weights",
 )
@@ -87,6 +88,7 @@ def import_peft(model, directory, **options):
         model,
         rank=1,  # The true ranks come with the factors.
         target_layers=lambda path, layer: path in plan.modules,
+        use_dora=plan.is_dora,
         **options,
     )
     plan.apply()

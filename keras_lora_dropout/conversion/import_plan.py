@@ -57,6 +57,9 @@ class ImportPlan:
                     f'"{name}" has no factors of {kind}, as layer "{path}" is'
                 )
                 continue
+            if module.magnitude is not None and is_embedding:
+                self._problems.append(f'"{name}" is an embedding with DoRA')
+                continue
             if twin.is_tied(layer):
                 self._problems.append(
                     f'"{name}" adapts the embeddings alone, but layer "{path}" '
@@ -122,6 +125,18 @@ class ImportPlan:
                 "`keras_lora_dropout.import_peft(model, directory)`, or "
                 "`target_layers=[...]` to `enable_lora_dropout`"
             )
+        unlike = [
+            path
+            for path, module in self.modules.items()
+            if path in adapted
+            and (adapted[path].kind == "DoRA") != (module.magnitude is not None)
+        ]
+        if unlike:
+            self._problems.append(
+                f"of {unlike}, either the adapter or the model has magnitudes "
+                "(DoRA), the other has none; pass a plain model to "
+                "`keras_lora_dropout.import_peft(model, directory)`"
+            )
         self._compare_ranks(adapted)
 
     def _is_mentioned(self, path):
@@ -149,6 +164,11 @@ class ImportPlan:
                 "`compact_ranks` first, which ends the schedule, or use a "
                 "model without `rank_budget`"
             )
+
+    @property
+    def is_dora(self):
+        """Whether the adapter has magnitudes."""
+        return any(m.magnitude is not None for m in self.modules.values())
 
     def check(self):
         """Raise `ValueError` that names all that speaks against the import."""
@@ -178,7 +198,9 @@ class ImportPlan:
 
 def _replace(layer, module):
     """Give a layer a module's factors; its mean network is what PEFT has."""
-    if isinstance(layer, AdaLoRAFactors):
+    if module.magnitude is not None:
+        values = module.a.T, module.magnitude, module.b.T
+    elif isinstance(layer, AdaLoRAFactors):
         e = np.ones(module.rank, "float32") if module.e is None else module.e
         values = module.a.T, e, module.b.T
     else:

@@ -202,7 +202,11 @@ def merged_kernel(layer, keep=None):
     if layer.initial_factors:
         a, b = (ops.cast(factor, dtype) for factor in layer.initial_factors)
         delta = delta - layer._axes.delta(a, b * layer.mean_scale)
-    return ops.cast(ops.cast(kernel, dtype) + delta, kernel.dtype)
+    total = ops.cast(kernel, dtype) + delta
+    gain = layer.gain()
+    if gain is not None:
+        total = total * layer._axes.columns(ops.cast(gain, dtype))
+    return ops.cast(total, kernel.dtype)
 
 
 def fold(layer, target, keep=None):

@@ -9,9 +9,11 @@ from keras import ops
 
 from keras_lora_dropout.architectures.huggingface.twin import HuggingFaceTwin
 from keras_lora_dropout.conversion.import_plan import ImportPlan
+from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
+from keras_lora_dropout.layers.dora import DoRAFactors
 from keras_lora_dropout.storage.peft import LowRank
 from keras_lora_dropout.storage.peft import PeftAdapter
 from keras_lora_dropout.storage.peft_writing import earlier_exports
@@ -167,20 +169,22 @@ def _kept_triplets(model):
 
 def _low_rank(layer, kept, masked):
     """The adapter of a layer as PEFT has it, without masks."""
-    a, *e, b = (
+    a, *middle, b = (
         np.asarray(ops.convert_to_numpy(factor), "float32")
         for factor in layer.factors
     )
     kept = np.ones(layer.lora_rank, bool) if kept is None else kept
-    adaptive = {}
+    more = {}
     is_embedding = isinstance(layer, keras.layers.Embedding)
     if isinstance(layer, AdaLoRAFactors):
-        adaptive = {"e": e[0][kept], "initial_rank": max(1, layer.lora_rank)}
+        more = {"e": middle[0][kept], "initial_rank": max(1, layer.lora_rank)}
+    if isinstance(layer, DoRAFactors):
+        more = {"magnitude": middle[0]}
     scaling = masks.delta_scale(
         layer.scaling, layer.dropout_rate, layer.rescale, masked=masked
     )
     module = LowRank(
-        a.T[kept], b.T[:, kept], scaling, is_embedding=is_embedding, **adaptive
+        a.T[kept], b.T[:, kept], scaling, is_embedding=is_embedding, **more
     )
     # PEFT's AdaLoRA has no embeddings; one plain module makes all plain.
     return module.without_singular_values() if is_embedding else module
@@ -197,7 +201,15 @@ def _instance(layer, kept, draws, n):
     masked = dataclasses.replace(
         module, a=module.a * mask_a[n], b=module.b * mask_b[n][:, None]
     )
-    return _minus_initial(layer, masked)
+    masked = _minus_initial(layer, masked)
+    if module.magnitude is None:
+        return masked
+    # PEFT divides by the norm of this instance, we by the mean network's.
+    pair = masked.a.T, np.float32(masked.scaling) * masked.b.T
+    pair = [ops.convert_to_tensor(factor, "float32") for factor in pair]
+    norms = factors.column_norms(layer._kernel, layer._axes, *pair)
+    magnitude = ops.convert_to_numpy(layer.gain() * norms)
+    return dataclasses.replace(masked, magnitude=magnitude)
 
 
 def _minus_initial(layer, module):
@@ -209,8 +221,8 @@ def _minus_initial(layer, module):
         return module
     a, b = map(ops.convert_to_numpy, layer.initial_factors)
     b = b * (layer.mean_scale / module.scaling)
-    return LowRank(
-        np.concatenate([module.a, a.T], axis=0),
-        np.concatenate([module.b, -b.T], axis=1),
-        module.scaling,
+    return dataclasses.replace(
+        module,
+        a=np.concatenate([module.a, a.T], axis=0),
+        b=np.concatenate([module.b, -b.T], axis=1),
     )

@@ -50,8 +50,8 @@ def starting_factors(targets, settings, init_lora_weights):
         init_lora_weights: One of `core.initialization.INITIALIZATIONS`.
 
     Returns:
-        Dictionary of path -> arguments of `replace_factors`: `values`, and
-        `initial`, what the layer is to subtract. It is empty for the default,
+        Dictionary of path -> A and B, and what the layer is to subtract of
+        them: nothing, or both. It is empty for the default,
         which adapters start at by themselves.
 
     Raises:
@@ -66,7 +66,7 @@ def starting_factors(targets, settings, init_lora_weights):
         except ValueError as error:
             raise ValueError(f'Cannot adapt layer "{path}": {error}') from error
         is_zero = init_lora_weights not in initialization.FROM_KERNEL
-        starts[path] = {"values": values, "initial": () if is_zero else values}
+        starts[path] = values, () if is_zero else values
     return starts
 
 

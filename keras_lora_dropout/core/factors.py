@@ -70,6 +70,12 @@ class FactorAxes:
         )
         return ops.transpose(delta, self.kernel_permutation)
 
+    def columns(self, values):
+        """Give values, one for each output feature, the axes of the kernel."""
+        shape = *[1] * len(self.contracted), *self.kept
+        values = ops.reshape(values, shape)
+        return ops.transpose(values, self.kernel_permutation)
+
 
 def dense_axes(kernel_shape):
     """Axes of a `Dense` kernel `(input_dim, output_dim)`."""
@@ -119,26 +125,61 @@ def einsum_axes(equation, kernel_shape, input_ndim):
     )
 
 
-def kernel_product(inputs, kernel, axes):
+def column_norms(kernel, axes, factor_a=None, factor_b=None):
+    """Return the norm of each column of `kernel + factor_a @ factor_b`.
+
+    The sum is not formed: of the factors, products with the kernel and with
+    one another are enough.
+
+    Args:
+        kernel: Kernel of a layer, in its own shape.
+        axes: `FactorAxes` of the kernel.
+        factor_a: Float32 tensor of shape `(input_dim, rank)`, or `None`.
+        factor_b: Float32 tensor of shape `(rank, output_dim)`, or `None`.
+
+    Returns:
+        Float32 tensor of shape `(output_dim,)`.
+    """
+    matrix = ops.cast(_kernel_matrix(kernel, axes), "float32")
+    squares = ops.sum(ops.square(matrix), axis=0)
+    if factor_a is not None:
+        across = ops.matmul(ops.transpose(factor_a), matrix)
+        within = ops.matmul(
+            ops.matmul(ops.transpose(factor_a), factor_a), factor_b
+        )
+        squares += ops.sum(factor_b * (2 * across + within), axis=0)
+    return ops.sqrt(ops.maximum(squares, 0.0))
+
+
+def kernel_product(inputs, kernel, axes, gain=None):
     """Multiply the input of a layer by its kernel.
 
     Args:
         inputs: Input of the layer.
         kernel: Kernel of the layer, in its own shape.
         axes: `FactorAxes` of the kernel.
+        gain: Tensor of shape `(output_dim,)` that multiplies the product, or
+            `None`.
 
     Returns:
         Tensor of the layer's output shape.
     """
     x, free_shape = _rows(inputs, axes)
-    product = ops.matmul(x, _kernel_matrix(kernel, axes))
+    product = _base_product(x, _kernel_matrix(kernel, axes), gain)
     return _output(product, free_shape, axes)
 
 
 def adapted_product(
-    inputs, kernel, factor_a, factor_b, axes, shared=False, in_groups=False
+    inputs,
+    kernel,
+    factor_a,
+    factor_b,
+    axes,
+    shared=False,
+    in_groups=False,
+    gain=None,
 ):
-    """Compute `inputs @ kernel + inputs @ factor_a @ factor_b`.
+    """Compute `inputs @ kernel * gain + inputs @ factor_a @ factor_b`.
 
     No tensor of the size of `factor_a @ factor_b` is formed.
 
@@ -153,6 +194,7 @@ def adapted_product(
             and all groups share it; that of the result is `groups` then.
         in_groups: Boolean. Whether the kernel's product is computed block by
             block, too: with a copy of the kernel for each group.
+        gain: As for `kernel_product`.
 
     Returns:
         Tensor of the layer's output shape.
@@ -163,20 +205,21 @@ def adapted_product(
     if groups is None:
         groups = ops.shape(factor_a)[0]
     if isinstance(groups, int) and groups == 1:
-        total, low = ops.matmul(x, kernel), ops.matmul(x, factor_a[0])
+        total, low = _base_product(x, kernel, gain), ops.matmul(x, factor_a[0])
         total = _add_product(total, low, factor_b[0])
     elif shared:
         low = ops.einsum("sc,gcr->gsr", x, factor_a)
-        total = ops.add(ops.matmul(x, kernel), ops.matmul(low, factor_b))
+        base = _base_product(x, kernel, gain)
+        total = ops.add(base, ops.matmul(low, factor_b))
         free_shape = (groups, *free_shape[1:])
     else:
         blocks = ops.reshape(x, (groups, -1, axes.input_dim))
         if in_groups:
             kernels = ops.broadcast_to(kernel, (groups, *kernel.shape))
-            total = ops.matmul(blocks, kernels)
+            total = _base_product(blocks, kernels, gain)
         else:
             shape = groups, -1, axes.output_dim
-            total = ops.reshape(ops.matmul(x, kernel), shape)
+            total = ops.reshape(_base_product(x, kernel, gain), shape)
         total = _add_product(total, ops.matmul(blocks, factor_a), factor_b)
     return _output(total, free_shape, axes)
 
@@ -217,6 +260,11 @@ def shared_parts(inputs, factor_a, factor_b, axes):
     low = ops.einsum("sc,gcr->gsr", x, factor_a)
     high = ops.reshape(factor_b, (*factor_b.shape[:2], *axes.kept))
     return low, high
+
+
+def _base_product(rows, kernel, gain):
+    product = ops.matmul(rows, kernel)
+    return product if gain is None else product * gain
 
 
 def _rows(inputs, axes):

@@ -20,6 +20,7 @@ class AdaLoRAFactors:
     of lambda and row i of `b` are triplet i, which is kept or pruned as one.
     """
 
+    kind = "AdaLoRA"
     factor_names: tuple[str, ...] = (
         "lora_kernel_a",
         "lora_lambda",
@@ -58,7 +59,7 @@ class AdaLoRAFactors:
         self.replace_factors((a[:, kept], lam[kept], b[kept]), alpha)
 
 
-@adapts(keras.layers.Dense, adaptive=True)
+@adapts(keras.layers.Dense, kind="AdaLoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class AdaLoRADropoutDense(AdaLoRAFactors, AdaptedDense):
     """Dense layer with AdaLoRA Dropout.
@@ -116,7 +117,7 @@ class AdaLoRADropoutDense(AdaLoRAFactors, AdaptedDense):
     """
 
 
-@adapts(keras.layers.EinsumDense, adaptive=True)
+@adapts(keras.layers.EinsumDense, kind="AdaLoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class AdaLoRADropoutEinsumDense(AdaLoRAFactors, AdaptedEinsumDense):
     """Einsum layer with AdaLoRA Dropout.

@@ -24,27 +24,28 @@ _ATTRIBUTES = (
     "_axes",
 )
 
-_ADAPTER_CLASSES: dict[tuple[type, bool], type] = {}
+KINDS = ("LoRA", "AdaLoRA", "DoRA")
+
+_ADAPTER_CLASSES: dict[tuple[type, str], type] = {}
 
 
-def adapts(keras_class, *, adaptive):
+def adapts(keras_class, *, kind):
     """Decorator: register an adapted layer for a Keras layer class.
 
     Args:
         keras_class: `keras.layers.Dense` or another linear layer.
-        adaptive: Boolean. Whether the adapter has a rank that adapts, as in
-            AdaLoRA, or a fixed one.
+        kind: One of `KINDS`: how the delta is factorized.
     """
 
     def register(adapter):
-        _ADAPTER_CLASSES[keras_class, adaptive] = adapter
+        _ADAPTER_CLASSES[keras_class, kind] = adapter
         return adapter
 
     return register
 
 
 @functools.cache
-def adapter_class(layer_class, adaptive=False):
+def adapter_class(layer_class, kind="LoRA"):
     """Return the adapted subclass of a layer class, or `None`.
 
     A subclass of `Dense` that keeps `Dense.call` gets a class that is still a
@@ -55,11 +56,11 @@ def adapter_class(layer_class, adaptive=False):
     keras_class = _known_class(layer_class)
     if keras_class is None or layer_class.call is not keras_class.call:
         return None
-    adapter = _ADAPTER_CLASSES[keras_class, adaptive]
-    if layer_class is keras_class:
+    adapter = _ADAPTER_CLASSES.get((keras_class, kind))
+    if layer_class is keras_class or adapter is None:
         return adapter
-    prefix = "AdaLoRADropout" if adaptive else "LoRADropout"
-    return type(f"{prefix}{layer_class.__name__}", (adapter, layer_class), {})
+    name = f"{kind}Dropout{layer_class.__name__}"
+    return type(name, (adapter, layer_class), {})
 
 
 def is_known(layer):
@@ -82,7 +83,7 @@ def can_adapt(layer):
     return adapter_class(type(layer)) is not None
 
 
-def check_adaptable(layer, rank, where):
+def check_adaptable(layer, kind, rank, where):
     """Raise `ValueError` if a linear layer of a model cannot be adapted."""
     if isinstance(layer, LoRADropoutAdapter):
         raise ValueError(
@@ -94,19 +95,26 @@ def check_adaptable(layer, rank, where):
             f"Cannot adapt {where}: it is not built yet. Call the model on a "
             "batch of data first, or give it an `Input`."
         )
-    kind = adapter_class(type(layer))
-    check_precision(layer, kind.quantization_modes, where)
-    axes = kind._factor_axes(layer, quantized.kernel_shape(layer))
+    adapter = adapter_class(type(layer), kind)
+    if adapter is None:
+        known = [cls.__name__ for cls, k in _ADAPTER_CLASSES if k == kind]
+        raise ValueError(
+            f"Cannot adapt {where} with {kind}, which is for "
+            f"{' and '.join(known)}, not for {type(layer).__name__}. Leave the "
+            "layer out with `exclude_layers`."
+        )
+    check_precision(layer, adapter.quantization_modes, where)
+    axes = adapter._factor_axes(layer, quantized.kernel_shape(layer))
     check_linear(layer, rank, axes, where)
 
 
-def adapt(layer, *, adaptive, rank, alpha, dropout_rate, rescale, seed):
+def adapt(layer, *, kind, rank, alpha, dropout_rate, rescale, seed):
     """Give a built `Dense` or `EinsumDense` an adapter, in place.
 
     The object stays the same: graphs, attributes and trackers that refer to it
     stay valid. Only its class changes, to a subclass of its own.
     """
-    layer.__class__ = adapter_class(type(layer), adaptive)
+    layer.__class__ = adapter_class(type(layer), kind)
     # Rank 0 is what `replace_factors` may leave, but no setting for users.
     settings = alpha, dropout_rate, rescale, seed
     layer._set_adapter_settings(max(rank, 1), *settings)
@@ -114,28 +122,28 @@ def adapt(layer, *, adaptive, rank, alpha, dropout_rate, rescale, seed):
     layer._add_factors()
 
 
-def fresh_factors(layer, *, adaptive, rank, seed):
+def fresh_factors(layer, *, kind, rank, seed):
     """Return the factors of a new adapter for an adapted layer.
 
     Returns:
         Dictionary of name -> float32 array, what `adapt` would create.
     """
-    kind = adapter_class(plain_class(type(layer)), adaptive)
-    shapes = kind._factor_shapes(layer._axes, rank)
-    initializers = kind._initial_factors(random.Random(seed))
-    return {
-        name: ops.convert_to_numpy(
-            keras.initializers.get(initializer)(shape, "float32")
-        )
+    adapter = adapter_class(plain_class(type(layer)), kind)
+    shapes = adapter._factor_shapes(layer._axes, rank)
+    initializers = adapter._initial_factors(random.Random(seed))
+    values = {
+        name: keras.initializers.get(initializer)(shape, "float32")
         for name, shape, initializer in zip(
-            kind.factor_names, shapes, initializers, strict=True
+            adapter.factor_names, shapes, initializers, strict=True
         )
     }
+    values |= adapter.factors_from_kernel(layer)
+    return {name: ops.convert_to_numpy(value) for name, value in values.items()}
 
 
-def switch_kind(layer, *, adaptive):
-    """Turn a LoRA adapter into one of AdaLoRA or back, its factors zeros."""
-    wanted = adapter_class(plain_class(type(layer)), adaptive)
+def switch_kind(layer, *, kind):
+    """Turn an adapter into one of another kind, its factors zeros."""
+    wanted = adapter_class(plain_class(type(layer)), kind)
     if isinstance(layer, wanted):
         return
     trains = any(factor.trainable for factor in layer.factors)

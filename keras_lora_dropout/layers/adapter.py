@@ -95,9 +95,11 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
         axes = self._factor_axes(quantized.kernel_shape(self))
         streams = random.Random(self.seed)  # one seed, independent streams
         self._create_factors(axes, self._initial_factors(streams))
+        self._axes = axes
+        for name, value in self.factors_from_kernel().items():
+            getattr(self, name).assign(value)
         with unlocked(self):
             self.seed_generator = keras.random.SeedGenerator(next_seed(streams))
-        self._axes = axes
         self._freeze_kernel()
 
     def _freeze_kernel(self):
@@ -119,6 +121,14 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
                     trainable=self.lora_rank > 0,
                 )
                 setattr(self, name, weight)
+
+    def factors_from_kernel(self):
+        """Start of the factors that depend on the kernel, by name."""
+        return {}
+
+    def gain(self):
+        """What output features are multiplied by, or `None` for nothing."""
+        return None
 
     def drop_factors(self):
         """Lose the weights of the factors; others must take their place."""
@@ -332,12 +342,12 @@ def check_precision(layer, modes, where):
     """
     mode = layer.quantization_mode
     if mode is not None and mode not in modes:
-        allowed = f"on {' and '.join(modes)} alone" if modes else "not on these"
+        allowed = " and ".join(modes) or "kernels of floats"
         raise ValueError(
             f"Cannot adapt {where}: its kernel is quantized ({mode}), but "
-            f"adapters go {allowed}. Quantize the model to another precision, "
-            "load it in a float dtype, such as bfloat16, or leave the layer "
-            "out with `exclude_layers`."
+            f"this adapter goes on {allowed} alone. Load the model in a float "
+            "dtype, such as bfloat16, or quantized as allowed, or leave the "
+            "layer out with `exclude_layers`."
         )
 
 

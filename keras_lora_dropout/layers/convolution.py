@@ -113,7 +113,7 @@ class AdaptedDepthwise(AdaptedConvolution):
         return [self.kernel, *([] if self.bias is None else [self.bias])]
 
 
-@adapts(keras.layers.Conv1D, adaptive=False)
+@adapts(keras.layers.Conv1D, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutConv1D(LoRAFactors, AdaptedConvolution, keras.layers.Conv1D):
     """Layer `Conv1D` with LoRA Dropout.
@@ -136,7 +136,7 @@ class LoRADropoutConv1D(LoRAFactors, AdaptedConvolution, keras.layers.Conv1D):
     """
 
 
-@adapts(keras.layers.Conv2D, adaptive=False)
+@adapts(keras.layers.Conv2D, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutConv2D(LoRAFactors, AdaptedConvolution, keras.layers.Conv2D):
     """2D convolution with LoRA Dropout.
@@ -194,7 +194,7 @@ class LoRADropoutConv2D(LoRAFactors, AdaptedConvolution, keras.layers.Conv2D):
     """
 
 
-@adapts(keras.layers.Conv3D, adaptive=False)
+@adapts(keras.layers.Conv3D, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutConv3D(LoRAFactors, AdaptedConvolution, keras.layers.Conv3D):
     """Layer `Conv3D` with LoRA Dropout.
@@ -217,7 +217,7 @@ class LoRADropoutConv3D(LoRAFactors, AdaptedConvolution, keras.layers.Conv3D):
     """
 
 
-@adapts(keras.layers.DepthwiseConv1D, adaptive=False)
+@adapts(keras.layers.DepthwiseConv1D, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutDepthwiseConv1D(
     LoRAFactors, AdaptedDepthwise, keras.layers.DepthwiseConv1D
@@ -242,7 +242,7 @@ class LoRADropoutDepthwiseConv1D(
     """
 
 
-@adapts(keras.layers.DepthwiseConv2D, adaptive=False)
+@adapts(keras.layers.DepthwiseConv2D, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutDepthwiseConv2D(
     LoRAFactors, AdaptedDepthwise, keras.layers.DepthwiseConv2D
@@ -274,7 +274,7 @@ for _base, _keras_class in (
     (AdaptedDepthwise, keras.layers.DepthwiseConv1D),
     (AdaptedDepthwise, keras.layers.DepthwiseConv2D),
 ):
-    adapts(_keras_class, adaptive=True)(
+    adapts(_keras_class, kind="AdaLoRA")(
         type(
             f"AdaLoRADropout{_keras_class.__name__}",
             (AdaLoRAFactors, _base, _keras_class),

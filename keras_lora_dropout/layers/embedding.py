@@ -106,7 +106,7 @@ class EmbeddingFactors(LoRAFactors):
         return "zeros", keras.initializers.RandomNormal(0.0, 1.0, seed)
 
 
-@adapts(keras.layers.Embedding, adaptive=False)
+@adapts(keras.layers.Embedding, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutEmbedding(
     EmbeddingFactors, AdaptedEmbedding, keras.layers.Embedding
@@ -159,7 +159,7 @@ class LoRADropoutEmbedding(
     """
 
 
-@adapts(keras.layers.ReversibleEmbedding, adaptive=False)
+@adapts(keras.layers.ReversibleEmbedding, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutReversibleEmbedding(
     EmbeddingFactors,
@@ -210,7 +210,7 @@ for _base, _keras_class in (
     (AdaptedEmbedding, keras.layers.Embedding),
     (AdaptedReversibleEmbedding, keras.layers.ReversibleEmbedding),
 ):
-    adapts(_keras_class, adaptive=True)(
+    adapts(_keras_class, kind="AdaLoRA")(
         type(
             f"AdaLoRADropout{_keras_class.__name__}",
             (AdaLoRAFactors, _base, _keras_class),

@@ -37,21 +37,31 @@ class AdaptedLinear(LoRADropoutAdapter):
                 self._check_groups(inputs, groups, axes.batch_leads)
             factor_a = factor_a * ops.expand_dims(keep[0], 2)
             factor_b = factor_b * ops.expand_dims(keep[1], 1)
-        pair = *self.minus_initial(factor_a, factor_b), axes
+        factor_a, factor_b = self.minus_initial(factor_a, factor_b)
+        gain = self.gain()
+        if gain is not None:
+            gain = ops.cast(gain, self.compute_dtype)
+            factor_b = factor_b * gain
+        pair = factor_a, factor_b, axes
         if in_parts:
-            base = self._kernel_product(inputs)
+            base = self._kernel_product(inputs, gain)
             return base, *factors.shared_parts(inputs, *pair)
         if quantized.is_quantized(self):
             delta = factors.delta_product(inputs, *pair, shared=shared)
             return ops.add(self._kernel_product(inputs), delta)
         in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
         return factors.adapted_product(
-            inputs, self.kernel, *pair, shared=shared, in_groups=in_groups
+            inputs,
+            self.kernel,
+            *pair,
+            shared=shared,
+            in_groups=in_groups,
+            gain=gain,
         )
 
-    def _kernel_product(self, inputs):
+    def _kernel_product(self, inputs, gain=None):
         if not quantized.is_quantized(self):
-            return factors.kernel_product(inputs, self.kernel, self._axes)
+            return factors.kernel_product(inputs, self.kernel, self._axes, gain)
         plain = plain_class(type(self))
         return quantized.quantized_product(self, inputs, plain)
 

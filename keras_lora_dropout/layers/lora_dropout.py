@@ -11,6 +11,7 @@ from keras_lora_dropout.layers.linear import AdaptedEinsumDense
 class LoRAFactors:
     """Mixin: the delta is `A @ B`, [L] Eq. 1."""
 
+    kind = "LoRA"
     factor_names: tuple[str, ...] = ("lora_kernel_a", "lora_kernel_b")
 
     @staticmethod
@@ -25,7 +26,7 @@ class LoRAFactors:
         return lora_kernel_a, lora_kernel_b
 
 
-@adapts(keras.layers.Dense, adaptive=False)
+@adapts(keras.layers.Dense, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutDense(LoRAFactors, AdaptedDense):
     """Dense layer with LoRA Dropout.
@@ -81,7 +82,7 @@ class LoRADropoutDense(LoRAFactors, AdaptedDense):
     """
 
 
-@adapts(keras.layers.EinsumDense, adaptive=False)
+@adapts(keras.layers.EinsumDense, kind="LoRA")
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
 class LoRADropoutEinsumDense(LoRAFactors, AdaptedEinsumDense):
     """Einsum layer with LoRA Dropout.

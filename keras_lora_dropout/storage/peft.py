@@ -21,6 +21,8 @@ class LowRank:
         scaling: Number.
         e: Array of shape `(rank,)` for AdaLoRA, `None` for LoRA.
         initial_rank: AdaLoRA: the rank before anything was pruned.
+        magnitude: DoRA: array of shape `(out,)`, the norm of each row of the
+            weight in force.
         is_embedding: Whether the module is an embedding; `in` is the size of
             its vocabulary then.
     """
@@ -30,6 +32,7 @@ class LowRank:
     scaling: float
     e: np.ndarray | None = None
     initial_rank: int | None = None
+    magnitude: np.ndarray | None = None
     is_embedding: bool = False
 
     @property

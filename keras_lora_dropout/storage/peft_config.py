@@ -9,7 +9,6 @@ import sys
 # Settings that make the adapter compute something else than `scaling * B A`,
 # or change weights that are not in the file. Absent or false: no matter.
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "kasa_config": "KaSA",
@@ -39,6 +38,7 @@ class PeftSettings:
         rank_pattern: LoRA: pattern -> rank. AdaLoRA: module -> booleans.
         alpha_pattern: Pattern -> alpha.
         rank_stabilized: Whether LoRA divides by the square root of the rank.
+        is_dora: Whether it is DoRA: each output feature has a magnitude.
     """
 
     is_adaptive: bool
@@ -47,6 +47,7 @@ class PeftSettings:
     rank_pattern: dict
     alpha_pattern: dict
     rank_stabilized: bool
+    is_dora: bool = False
 
     def rank_of(self, module):
         """Return the rank of a module's factors in the file."""
@@ -101,6 +102,8 @@ def parse(config):
             "`path_initial_model_for_weight_conversion`"
         )
     is_adaptive = kind == "ADALORA"
+    if is_adaptive and config.get("use_dora"):
+        problems.append("`use_dora` is True: AdaLoRA with DoRA cannot be read")
     name, default = ("init_r", 12) if is_adaptive else ("r", 8)
     settings = PeftSettings(
         is_adaptive=is_adaptive,
@@ -109,6 +112,7 @@ def parse(config):
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern={} if is_adaptive else config.get("alpha_pattern") or {},
         rank_stabilized=bool(config.get("use_rslora")) and not is_adaptive,
+        is_dora=bool(config.get("use_dora")) and not is_adaptive,
     )
     wrong = [*_wrong_values(settings, name)]
     if wrong:

@@ -14,12 +14,14 @@ from keras_lora_dropout.storage.peft import PeftAdapter
 from keras_lora_dropout.storage.tensor_files import read_tensors
 
 _PICKLE = "adapter_model.bin"
+_MAGNITUDE = "magnitude_vector"
 # How the names of LoRA's and of AdaLoRA's tensors end.
 _FACTORS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": _MAGNITUDE,
 }
 _ADAPTIVE_FACTORS = {".lora_A": "A", ".lora_E": "E", ".lora_B": "B"}
 
@@ -109,7 +111,11 @@ def _tensors_path(directory):
 
 def _wrong_factors(module, found, settings):
     """Return what is wrong with the factors of a module."""
-    needed = "ABE" if settings.is_adaptive else "AB"
+    needed = list("ABE" if settings.is_adaptive else "AB")
+    if settings.is_dora:
+        needed.append(_MAGNITUDE)
+    elif _MAGNITUDE in found:
+        return [f'"{module}" has magnitudes, but `use_dora` is not true']
     missing = [f"lora_{c}" for c in needed if c not in found]
     if missing:
         return [f'"{module}" lacks {", ".join(missing)}']
@@ -118,6 +124,8 @@ def _wrong_factors(module, found, settings):
     fits = len(a) == len(b) == 2 and a[0] == b[1] == rank
     if settings.is_adaptive:
         fits = fits and found["E"].shape == (rank, 1)
+    if settings.is_dora:
+        fits = fits and found[_MAGNITUDE].shape == b[:1]
     if fits:
         return []
     shapes = ", ".join(f"lora_{c} {found[c].shape}" for c in needed)
@@ -128,12 +136,14 @@ def _wrong_factors(module, found, settings):
 
 
 def _low_rank(module, found, settings):
-    adaptive = {}
+    more = {}
+    if settings.is_dora:
+        more = {"magnitude": found[_MAGNITUDE]}
     if settings.is_adaptive:
-        adaptive = {"e": found["E"][:, 0], "initial_rank": settings.rank}
+        more = {"e": found["E"][:, 0], "initial_rank": settings.rank}
     return LowRank(
         a=found["A"],
         b=found["B"],
         scaling=settings.scaling_of(module),
-        **adaptive,
+        **more,
     )

@@ -70,6 +70,8 @@ def _lora(adapter):
         if module.is_embedding:
             a, b = "lora_embedding_A", "lora_embedding_B"
         tensors[f"{name}.{a}"], tensors[f"{name}.{b}"] = module.a, module.b
+        if module.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = module.magnitude
     return {
         "peft_type": "LORA",
         "target_modules": list(plain),
@@ -77,6 +79,7 @@ def _lora(adapter):
         "lora_alpha": alpha,
         "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
+        "use_dora": any(m.magnitude is not None for m in plain.values()),
     }, tensors
 
 
