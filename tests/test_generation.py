@@ -15,21 +15,14 @@ from keras_hub.samplers import GreedySampler
 from keras_hub.samplers import RandomSampler
 from keras_hub.samplers import TopKSampler
 from keras_hub.samplers import TopPSampler
+from uncached import Uncached
+from uncached import entropy
+from uncached import softmax
 
 from keras_lora_dropout.inference.generation import measure
 
 PROMPTS = ["the quick", "a fox jumped over", "brown dog"]
 LENGTH = 24
-
-
-def softmax(logits):
-    logits = np.asarray(logits, "float64")
-    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-def entropy(probabilities):
-    return -np.sum(probabilities * np.log(probabilities), axis=-1)
 
 
 def tokens_of(model, prompts=PROMPTS, length=LENGTH):
@@ -39,36 +32,6 @@ def tokens_of(model, prompts=PROMPTS, length=LENGTH):
         np.array(keras.ops.convert_to_numpy(batch[name]))
         for name in ("token_ids", "padding_mask")
     ]
-
-
-class Uncached:
-    """The masked model without a cache, asked for one token after another."""
-
-    def __init__(self, model, count, seed):
-        self._model = model
-        self._options = {"num_samples": count, "seed": seed}
-
-    def distributions(self, ids):
-        """Each instance's distribution after each token, `(N, B, T, V)`."""
-        x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-        kept, self._model.preprocessor = self._model.preprocessor, None
-        try:
-            logits = self._model.ensemble_predict(
-                x, return_samples=True, verbose=0, **self._options
-            )
-        finally:
-            self._model.preprocessor = kept
-        return softmax(logits)
-
-    def write(self, ids, prompt):
-        """Write greedily what follows the prompts."""
-        ids = ids.copy()
-        for place in range(prompt.sum(1).min(), ids.shape[1]):
-            mean = self.distributions(ids).mean(0)
-            ids[:, place] = np.where(
-                prompt[:, place], ids[:, place], mean[:, place - 1].argmax(-1)
-            )
-        return ids
 
 
 @pytest.mark.parametrize("name", language_models.ANY)

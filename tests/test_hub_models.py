@@ -221,8 +221,6 @@ def test_ensembles_generate(name, trained):
     reason = None
     if isinstance(model, models.RWKV7CausalLM):
         reason = "predict_token_ids"  # Its `generate` needs its preprocessor.
-    elif runs_in_sequence(name):
-        reason = "its leading axis must be"
     elif isinstance(model, models.Seq2SeqLM):
         reason = "has an encoder and a decoder"
     if reason is not None:

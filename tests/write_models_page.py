@@ -121,8 +121,6 @@ def cell(name, column, test, passed):
             return ""
         if issubclass(cls, hub_models.models.Seq2SeqLM):
             return "no: encoder and decoder"
-        if runs_in_sequence(name):
-            return "no: not in parallel"
         if name.startswith("RWKV7"):
             return "with its preprocessor"
     backends = [b for b, found in passed.items() if (test, name) in found]

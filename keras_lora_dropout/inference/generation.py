@@ -1,8 +1,10 @@
 """Generation with N mask instances: one token stream, N caches.
 
-All rows of the batch, and with them the caches, are there once for each
-instance. The sampler sees the averaged distribution alone, and each instance
-goes on with the token that it chose. So no model family is treated apart.
+In parallel, all rows of the batch, and with them the caches, are there once for
+each instance. In sequence, the model's own `generate_step` prepares the caches
+of one instance after another, and at each token every instance takes its turn.
+The sampler sees the averaged distribution alone, and each instance goes on with
+the token that it chose. So no model family is treated apart.
 """
 
 import contextlib
@@ -75,22 +77,34 @@ def generate_step(model, plain_step, request, inputs, *args, **kwargs):
         What the step returns; with `return_uncertainty`, also an entry for
         each measure of `TokenUncertainty`, of shape `(B, max_length)`.
     """
-    count, plan = request.num_samples, model.mask_plan
-    rows = instances.batch_size(inputs) * count
-    draws = masks.Draws(plan, ensemble_draws(model, count), rows)
-    sampler = EnsembleSampler(model.sampler, request)
-    with masks.use_draws(draws), _sampler_of(model, sampler):
-        outputs = plain_step(
-            model, instances.tile(inputs, count), *args, **kwargs
-        )
+    turns = _turns(model, request.num_samples, instances.batch_size(inputs))
+    sampler = EnsembleSampler(model.sampler, request, len(turns))
+    with _sampler_of(model, sampler):
+        for draws in turns:
+            with masks.use_draws(draws):
+                outputs = plain_step(
+                    model,
+                    instances.tile(inputs, draws.groups),
+                    *args,
+                    **kwargs,
+                )
+    last = turns[-1]
     first = {
         # Gemma 3 hands on the images that a text has not.
         name: None
         if tensor is None
-        else instances.split(tensor, count, rows)[0]
+        else instances.split(tensor, last.groups, last.rows)[0]
         for name, tensor in outputs.items()
     }
     return {**first, **sampler.measures}
+
+
+def _turns(model, count, rows):
+    """Draw the instances: all for one turn in parallel, or one for each."""
+    plan, values = model.mask_plan, ensemble_draws(model, count)
+    if model.lora_dropout.sampling == "parallel":
+        return [masks.Draws(plan, values, rows * count)]
+    return [masks.Draws(plan, values[n : n + 1], rows) for n in range(count)]
 
 
 @contextlib.contextmanager
@@ -105,15 +119,22 @@ def _sampler_of(model, sampler):
 class EnsembleSampler(keras_hub.samplers.Sampler):
     """Lets a sampler choose from the average over the mask instances.
 
+    A model calls it once in each turn. It remembers how the instances of that
+    turn go on, and generates when the last turn has called.
+
     Args:
         sampler: A `keras_hub.samplers.Sampler`, whose choice it is.
         request: A `GenerationRequest`.
+        num_turns: Positive integer. Over how many calls the N instances are
+            spread: 1 or N.
     """
 
-    def __init__(self, sampler, request):
+    def __init__(self, sampler, request, num_turns):
         super().__init__()
         self._sampler = sampler
         self._request = request
+        self._num_turns = num_turns
+        self._turns = []
         self.measures = {}
 
     @property
@@ -121,38 +142,58 @@ class EnsembleSampler(keras_hub.samplers.Sampler):
         return self._sampler.variables
 
     def __call__(self, next, prompt, cache=None, **kwargs):
-        if not self._request.return_uncertainty:
-            return super().__call__(next, prompt, cache=cache, **kwargs)
-        rows, length = ops.shape(prompt)[:2]
-        shape = rows // self._request.num_samples, length
-        nothing = ops.full(shape, float("nan"), "float32")
+        own_next = masks.with_draws(masks.current_draws(), next)
+        self._turns.append((own_next, () if cache is None else cache))
+        if len(self._turns) < self._num_turns:
+            return prompt  # What the model makes of it is not used.
+        functions, caches = zip(*self._turns, strict=True)
+        self._turns = []  # The loop alone holds the caches.
+        measures = {}
+        if self._request.return_uncertainty:
+            rows, length = ops.shape(prompt)[:2]
+            nothing = ops.full(
+                (rows // self._copies, length), float("nan"), "float32"
+            )
+            measures = dict.fromkeys(_MEASURES, nothing)
         # The loop of the base class carries the cache, whatever that is.
         return super().__call__(
-            self._measured(next),
+            self._next_of_all(functions),
             prompt,
-            cache=(cache, {name: nothing for name in _MEASURES}),
+            cache=(caches, measures),
             **kwargs,
         )
 
-    def _measured(self, next):
-        def measured_next(prompt, cache, index):
-            cache, measures = cache
-            logits, hidden_states, cache = next(prompt, cache, index)
-            step = measure(self._blocks(logits))
-            measures = {
-                name: ops.slice_update(
-                    measures[name], (0, index), ops.expand_dims(value, 1)
-                )
-                for name, value in step.items()
-            }
-            return logits, hidden_states, (cache, measures)
+    @property
+    def _copies(self):
+        """How often each row is there in the prompt of one turn."""
+        return self._request.num_samples // self._num_turns
 
-        return measured_next
+    def _next_of_all(self, functions):
+        """Join the turns' own functions of the next token."""
+
+        def next_of_all(prompt, cache, index):
+            caches, measures = cache
+            steps = [
+                own_next(prompt, own_cache, index)
+                for own_next, own_cache in zip(functions, caches, strict=True)
+            ]
+            logits = ops.concatenate([step[0] for step in steps], axis=0)
+            caches = tuple(step[2] for step in steps)
+            if measures:
+                step = measure(self._blocks(logits))
+                measures = {
+                    name: ops.slice_update(
+                        measures[name], (0, index), ops.expand_dims(value, 1)
+                    )
+                    for name, value in step.items()
+                }
+            return logits, None, (caches, measures)
+
+        return next_of_all
 
     def run_loop(self, cond, body, model=None, loop_vars=None, **kwargs):
         loop_vars = super().run_loop(cond, body, model, loop_vars, **kwargs)
-        if self._request.return_uncertainty:
-            self.measures = loop_vars[1][1]
+        self.measures = loop_vars[1][1]
         return loop_vars
 
     def compute_probabilities(self, logits):
@@ -168,7 +209,7 @@ class EnsembleSampler(keras_hub.samplers.Sampler):
 
     def get_next_token(self, probabilities):
         token = self._sampler.get_next_token(probabilities)
-        return instances.tile(token, self._request.num_samples)
+        return instances.tile(token, self._copies)
 
     def _blocks(self, logits):
         """Logits in float32, `(N, B, vocabulary_size)`."""
