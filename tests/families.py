@@ -95,16 +95,23 @@ def bert():
     )
 
 
-def roberta():
+def letters(tokenizer_class):
+    """A byte-pair tokenizer, each of whose pieces is a letter."""
     letters = sorted({letter for word in WORDS for letter in word})
     pieces = ["<s>", "<pad>", "</s>", "<mask>", "Ġ", *letters]
     pieces += [f"Ġ{letter}" for letter in letters]
-    tokenizer = models.RobertaTokenizer(
+    return tokenizer_class(
         vocabulary={piece: i for i, piece in enumerate(pieces)},
         merges=[f"Ġ {letter}" for letter in letters],
     )
+
+
+def roberta():
+    tokenizer = letters(models.RobertaTokenizer)
     return models.RobertaTextClassifier(
-        backbone=models.RobertaBackbone(vocabulary_size=len(pieces), **ENCODER),
+        backbone=models.RobertaBackbone(
+            vocabulary_size=tokenizer.vocabulary_size(), **ENCODER
+        ),
         preprocessor=models.RobertaTextClassifierPreprocessor(
             tokenizer, sequence_length=8
         ),

@@ -279,6 +279,21 @@ def test_empty_prompt_is_named():
         model.ensemble_generate(tokens, stop_token_ids=None)
 
 
+def test_text_without_a_preprocessor_is_answered():
+    model = language_models.adapted("llama")
+    model.preprocessor = None
+    with pytest.raises(ValueError, match=r"Without a preprocessor.*list"):
+        model.ensemble_generate(PROMPTS, stop_token_ids=None)
+
+
+def test_empty_text_goes_on_from_the_start():
+    """KerasHub puts a start token before it; no text is no example."""
+    model = language_models.shared("llama")
+    options = {"max_length": LENGTH, "seed": 2}
+    text = model.ensemble_generate("", **options)
+    assert text and model.ensemble_generate([""], **options) == [text]
+
+
 def test_cache_is_sized_before_it_is_there():
     """Keys and values of 2 layers, 2 heads of 4, float32."""
     model = language_models.shared("llama")
@@ -310,21 +325,6 @@ def test_positions_are_limited():
     assert np.shape(outputs["token_ids"]) == (1, 6)
     with pytest.raises(ValueError, match="positions for 6 tokens"):
         model.ensemble_generate(tokens(7), stop_token_ids=None)
-
-
-def test_encoder_decoders_are_refused():
-    backbone = keras_hub.models.BartBackbone(
-        vocabulary_size=20,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=8,
-    )
-    model = language_models.enable_lora_dropout(
-        keras_hub.models.BartSeq2SeqLM(backbone), rank=2
-    )
-    with pytest.raises(ValueError, match="an encoder and a decoder"):
-        model.ensemble_generate(["the fox"])
 
 
 def test_models_that_do_not_generate_say_so():

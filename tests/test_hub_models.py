@@ -215,19 +215,18 @@ def test_ensembles_generate(name, trained):
     model, x, _, _ = trained
     if not isinstance(model, models.CausalLM):
         return
+    side = "decoder_" if isinstance(model, models.Seq2SeqLM) else ""
+    tokens, mask = f"{side}token_ids", f"{side}padding_mask"
     prompt = {key: value.copy() for key, value in x.items()}
-    if "padding_mask" in prompt:
-        prompt["padding_mask"][:, 4:] = 0
-    reason = None
+    if mask in prompt:
+        prompt[mask][:, 4:] = 0
+    options = {"stop_token_ids": None, "seed": 0}
     if isinstance(model, models.RWKV7CausalLM):
-        reason = "predict_token_ids"  # Its `generate` needs its preprocessor.
-    elif isinstance(model, models.Seq2SeqLM):
-        reason = "has an encoder and a decoder"
-    if reason is not None:
-        with pytest.raises((ValueError, KeyError), match=reason):
-            model.ensemble_generate(prompt, stop_token_ids=None, seed=0)
+        # Its `generate` needs its preprocessor.
+        with pytest.raises(KeyError, match="predict_token_ids"):
+            model.ensemble_generate(prompt, **options)
         return
-    text = model.ensemble_generate(prompt, stop_token_ids=None, seed=0)
-    found = ops.convert_to_numpy(text["token_ids"])
-    np.testing.assert_array_equal(found[:, :4], x["token_ids"][:, :4])
-    assert found.shape == x["token_ids"].shape
+    text = model.ensemble_generate(prompt, **options)
+    found = ops.convert_to_numpy(text[tokens])
+    np.testing.assert_array_equal(found[:, :4], x[tokens][:, :4])
+    assert found.shape == x[tokens].shape

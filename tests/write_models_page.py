@@ -119,8 +119,6 @@ def cell(name, column, test, passed):
         cls = hub_models.every_task()[name]
         if not issubclass(cls, hub_models.models.CausalLM):
             return ""
-        if issubclass(cls, hub_models.models.Seq2SeqLM):
-            return "no: encoder and decoder"
         if name.startswith("RWKV7"):
             return "with its preprocessor"
     backends = [b for b, found in passed.items() if (test, name) in found]

@@ -227,12 +227,12 @@ class EnsembleMethods:
 class _EnsembleState:
     """Compiled functions by what they compute, and seeds not given.
 
-    What `cache_line` says of the model is kept, too, once it was asked.
+    What `cache_size` says of the model is kept, too, once it was asked.
     """
 
     def __init__(self, random_source):
         self.random = random_source
-        self.cache_line = None
+        self.cache_size = None
         self._functions = {}
 
     def functions(self, key, compilation):

@@ -6,11 +6,13 @@ import functools
 import keras_hub
 from keras import ops
 
-from keras_lora_dropout.architectures.caches import cache_line
+from keras_lora_dropout.architectures.caches import cache_size
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.inference.generation import GenerationRequest
+from keras_lora_dropout.inference.generation import check_rows
 from keras_lora_dropout.inference.generation import check_sampler
 from keras_lora_dropout.inference.generation import generate_step
+from keras_lora_dropout.inference.generation import text_names
 from keras_lora_dropout.inference.generation import uncertainty_of
 from keras_lora_dropout.training.backend import free_memory
 
@@ -37,16 +39,21 @@ class Generation:
         At each step, the N instances' distributions of the next token are
         averaged, the compiled sampler chooses one token, and all instances go
         on with it. The instances are drawn once for the call and stay the same
-        through the whole text; each has its own cache of keys and values, so
-        that memory grows with N.
+        through the whole text; each has its own cache of keys and values, and
+        its own output of an encoder, so that memory grows with N. With
+        `sampling="sequential"`, the instances compute each token one after
+        another.
 
         Reference: [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Eq. 8,
         for each token.
 
         Args:
             inputs: Prompts, whatever `generate` accepts: a string or a list of
-                strings for a KerasHub task with a preprocessor.
-            max_length, stop_token_ids, strip_prompt: As in `generate`.
+                strings for a KerasHub task with a preprocessor. An encoder
+                and a decoder take these for the encoder, or a dictionary of
+                `"encoder_text"` and `"decoder_text"`.
+            max_length, stop_token_ids, strip_prompt: As in `generate`, which
+                strips no prompt of a decoder that has an encoder.
             num_samples: Positive integer or `None` for the model's own N.
             seed: Integer or `None`. The same seed gives the same instances;
                 `None` draws new ones at each call. The sampler has a seed of
@@ -61,11 +68,15 @@ class Generation:
             `TokenUncertainty`.
 
         Raises:
-            ValueError: If the model does not generate, if a prompt is empty or
-                leaves no room below `max_length`, if the caches of the N
-                instances do not fit in memory, if the sampler searches over
-                several texts at once (beam and contrastive search), or if an
-                argument is out of range.
+            ValueError: If the model does not generate, if a prompt (the
+                decoder's if there is an encoder) is empty or leaves no room
+                below `max_length`, if the caches of the N instances do not fit
+                in memory, if the sampler searches over several texts at once
+                (beam and contrastive search), or if an argument is out of
+                range.
+            LayoutError: If the layout of the model rules out instances in one
+                batch, as that of mixtures of experts does. With
+                `sampling="sequential"` they generate.
         """
         if not hasattr(self, "generate_step"):
             raise ValueError(
@@ -73,11 +84,11 @@ class Generation:
                 "generate text; a `keras_hub.models.CausalLM` does. Use "
                 "`ensemble_predict` for its outputs."
             )
-        if isinstance(self, keras_hub.models.Seq2SeqLM):
+        if strip_prompt and isinstance(self, keras_hub.models.Seq2SeqLM):
             raise ValueError(
-                f'Model "{self.name}" ({self.plain_class().__name__}) has an '
-                "encoder and a decoder, for which `ensemble_generate` is not "
-                "made. Use `generate`, the mean network's text."
+                "`generate` of a model with an encoder and a decoder strips no "
+                "prompt: what it returns is the decoder's text, without the "
+                "encoder's. Received: strip_prompt=True. Leave it out."
             )
         validation.not_empty("inputs", inputs)
         check_sampler(self.sampler)
@@ -85,6 +96,8 @@ class Generation:
             num_samples, average, return_uncertainty
         )
         self._set_ensemble_seed(seed)
+        if isinstance(inputs, dict):
+            inputs = dict(inputs)  # `generate` makes lists of its strings.
         batches = []
         with self._generating(request, batches):
             # The `generate` of some models, such as Phi-3, lacks the last one.
@@ -118,8 +131,7 @@ class Generation:
                 self._check_prompts(inputs, request)
                 outputs = compiled(inputs, *args, **kwargs)
                 batches.append((inputs, outputs))
-                names = "token_ids", "padding_mask"
-                return {name: outputs[name] for name in names}
+                return {name: outputs[name] for name in text_names(outputs)}
 
             self._generation = request
             self.generate_function = function
@@ -130,8 +142,11 @@ class Generation:
                 self.generate_function = compiled
 
     def _check_prompts(self, inputs, request):
-        lengths = ops.convert_to_numpy(inputs["padding_mask"]).sum(axis=1)
-        rows, limit = inputs["padding_mask"].shape
+        _, mask = text_names(inputs)
+        rows, limit = inputs[mask].shape
+        check_rows(inputs)
+        subject = "Prompt" if mask == "padding_mask" else "Decoder prompt"
+        lengths = ops.convert_to_numpy(inputs[mask]).astype(bool).sum(axis=1)
         for row, length in enumerate(lengths):
             if 0 < length < limit:
                 continue
@@ -141,24 +156,37 @@ class Generation:
                 problem = f"fills all {limit} positions, or was cut to them"
                 advice = "Pass a larger `max_length`, or shorten the prompt"
             raise ValueError(
-                f"Prompt {row} {problem}, so nothing can be generated after "
+                f"{subject} {row} {problem}, so nothing can be generated after "
                 f"it. {advice}."
             )
-        reach = getattr(self.backbone, "max_sequence_length", None)
-        if reach is not None and limit > reach:
-            raise ValueError(
-                f'Model "{self.name}" has positions for {reach} tokens. '
-                f"Received: max_length={limit}. Pass at most {reach}."
-            )
-        self._check_cache(rows, limit, request.num_samples)
+        self._check_positions(inputs, limit)
+        self._check_cache(inputs, rows, limit, request.num_samples)
 
-    def _check_cache(self, rows, length, count):
+    def _check_positions(self, inputs, limit):
+        reach = getattr(self.backbone, "max_sequence_length", None)
+        if reach is None:
+            return
+        has = f'Model "{self.name}" has positions for {reach} tokens.'
+        if limit > reach:
+            raise ValueError(
+                f"{has} Received: max_length={limit}. Pass at most {reach}."
+            )
+        if "encoder_token_ids" not in inputs:
+            return
+        encoder_length = inputs["encoder_token_ids"].shape[1]
+        if encoder_length > reach:
+            raise ValueError(
+                f"{has} Received: {encoder_length} tokens for the encoder, "
+                f"padding included. Pass at most {reach}, with a preprocessor "
+                "by its `encoder_sequence_length`."
+            )
+
+    def _check_cache(self, inputs, rows, length, count):
         """Raise `ValueError` if the caches of all instances cannot fit."""
         state = self._ensemble_state
-        if state.cache_line is None:
-            state.cache_line = cache_line(self)
-        fixed, each_token = state.cache_line
-        one = rows * (fixed + length * each_token)
+        if state.cache_size is None:
+            state.cache_size = cache_size(self, inputs)
+        one = rows * state.cache_size.of_row(inputs)
         free = free_memory()
         if free is None or count * one <= free:
             return

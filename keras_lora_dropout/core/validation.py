@@ -139,6 +139,8 @@ def not_empty(name, data):
 
 
 def _length(data):
+    if isinstance(data, str):  # One example, such as an empty prompt.
+        return None
     shape = getattr(data, "shape", None)
     if shape is not None:
         return shape[0] if len(shape) else None

@@ -266,6 +266,50 @@ def check_sampler(sampler):
     )
 
 
+def text_names(inputs):
+    """Say which entries of a batch hold the text that is written.
+
+    Args:
+        inputs: Dictionary of preprocessed prompts, or of what was generated.
+
+    Returns:
+        Pair of the names of the token ids and of their padding mask: those of
+        the decoder if the model has an encoder, too.
+
+    Raises:
+        ValueError: If the batch has not both.
+    """
+    pairs = [
+        (f"{side}token_ids", f"{side}padding_mask") for side in ("decoder_", "")
+    ]
+    for pair in pairs:
+        if isinstance(inputs, dict) and set(pair) <= set(inputs):
+            return pair
+    given = type(inputs).__name__
+    if isinstance(inputs, dict):
+        given = f"a dictionary of {', '.join(map(repr, inputs)) or 'nothing'}"
+    raise ValueError(
+        "Without a preprocessor, prompts are a dictionary of 'token_ids' and "
+        "'padding_mask'; of a model with an encoder, of these with 'encoder_' "
+        f"and with 'decoder_' before them. Received: {given}."
+    )
+
+
+def check_rows(inputs):
+    """Raise `ValueError` unless all texts have the same number of rows."""
+    rows = {
+        name: tensor.shape[0]
+        for name, tensor in inputs.items()
+        if name.endswith(("token_ids", "padding_mask"))
+    }
+    if len(set(rows.values())) > 1:
+        each = ", ".join(f"{name}: {count}" for name, count in rows.items())
+        raise ValueError(
+            "All entries of the prompts must have as many rows. Received rows: "
+            f"{each}. Give each prompt one row in every entry."
+        )
+
+
 def uncertainty_of(batches):
     """Join what several batches gave.
 
@@ -278,12 +322,13 @@ def uncertainty_of(batches):
     columns = {"token_ids": [], "generated": []}
     columns.update({name: [] for name in _MEASURES})
     for inputs, outputs in batches:
+        tokens, mask = text_names(inputs)
         prompt, written = (
-            ops.convert_to_numpy(entry["padding_mask"]).astype(bool)
+            ops.convert_to_numpy(entry[mask]).astype(bool)
             for entry in (inputs, outputs)
         )
         generated = written & ~prompt
-        columns["token_ids"].append(ops.convert_to_numpy(outputs["token_ids"]))
+        columns["token_ids"].append(ops.convert_to_numpy(outputs[tokens]))
         columns["generated"].append(generated)
         for name in _MEASURES:
             values = ops.convert_to_numpy(outputs[name])
