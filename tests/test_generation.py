@@ -1,5 +1,6 @@
 """`ensemble_generate` against KerasHub's `generate`, and against no cache."""
 
+import hub_models
 import keras
 import keras_hub
 import language_models
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND
 from helpers import adapted_mlp
+from helpers import randomize
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from uncached import Uncached
 from uncached import entropy
 from uncached import softmax
 
+from keras_lora_dropout import enable_lora_dropout
 from keras_lora_dropout.inference.generation import measure
 
 PROMPTS = ["the quick", "a fox jumped over", "brown dog"]
@@ -164,6 +167,40 @@ def test_measures_are_entropies(logits):
     alone = measure(keras.ops.convert_to_tensor(logits[:1]))
     information = keras.ops.convert_to_numpy(alone["mutual_information"])
     np.testing.assert_allclose(information, 0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*'rwkv_ops' package is not installed")
+@pytest.mark.parametrize("sampling", ["parallel", "sequential"])
+def test_prompts_that_are_read_apart(sampling):
+    """RWKV7 has a state in place of a cache, and gives the prompt back."""
+    model = hub_models.build("RWKV7CausalLM")
+    enable_lora_dropout(model, rank=2, sampling=sampling, seed=0)
+    randomize(model)
+    model.compile(sampler="greedy")
+    ids = np.random.default_rng(0).integers(1, hub_models.VOCABULARY, (3, 8))
+    prompt = np.array([[1, 0, 0, 0]] * 3)
+    _, uncertainty = model.ensemble_generate(
+        {
+            "token_ids": ids[:, :-1].astype("int32"),
+            "input_padding_mask": np.ones((3, 7), "int32"),
+            "predict_token_ids": (ids[:, -1:] * prompt).astype("int32"),
+            "padding_mask": prompt.astype("int32"),
+        },
+        stop_token_ids=None,
+        num_samples=2,
+        seed=1,
+        return_uncertainty=True,
+    )
+    place = np.arange(11) >= 8
+    np.testing.assert_array_equal(uncertainty.generated, [place] * 3)
+    reference = Uncached(model, 2, seed=1)
+    start = np.pad(ids, ((0, 0), (0, 3)))
+    expected = reference.write(start, np.array([~place] * 3))
+    np.testing.assert_array_equal(uncertainty.token_ids, expected)
+    total = entropy(reference.distributions(expected).mean(0))
+    measured = uncertainty.predictive_entropy
+    assert np.isnan(measured[:, :8]).all()
+    np.testing.assert_allclose(measured[:, 8:], total[:, 7:-1], atol=1e-4)
 
 
 def test_stop_tokens_and_stripped_prompts():

@@ -147,7 +147,6 @@ class EnsembleSampler(keras_hub.samplers.Sampler):
         if len(self._turns) < self._num_turns:
             return prompt  # What the model makes of it is not used.
         functions, caches = zip(*self._turns, strict=True)
-        self._turns = []  # The loop alone holds the caches.
         measures = {}
         if self._request.return_uncertainty:
             rows, length = ops.shape(prompt)[:2]
@@ -327,12 +326,16 @@ def uncertainty_of(batches):
             ops.convert_to_numpy(entry[mask]).astype(bool)
             for entry in (inputs, outputs)
         )
-        generated = written & ~prompt
+        # RWKV7 reads a prompt apart, and puts it before what it writes.
+        before = (0, 0), (written.shape[1] - prompt.shape[1], 0)
+        generated = written & ~np.pad(prompt, before, constant_values=True)
         columns["token_ids"].append(ops.convert_to_numpy(outputs[tokens]))
         columns["generated"].append(generated)
+        nothing = np.float32("nan")
         for name in _MEASURES:
             values = ops.convert_to_numpy(outputs[name])
-            columns[name].append(np.where(generated, values, np.float32("nan")))
+            values = np.pad(values, before, constant_values=nothing)
+            columns[name].append(np.where(generated, values, nothing))
     return TokenUncertainty(
         **{name: np.concatenate(parts) for name, parts in columns.items()}
     )
