@@ -187,12 +187,13 @@ def test_parallel_instances_are_those_in_sequence(name):
     x = hub_models.inputs_of(first)
     outputs = first.predict(x, verbose=0)
     y = keras.tree.map_structure(np.ones_like, outputs)
-    first.train_on_batch(x, y)
+    options = {"batch_size": hub_models.ROWS, "verbose": 0}
+    first.fit(x, y, **options)
     if runs_in_sequence(name):
         with pytest.raises(LayoutError, match="sequential"):
-            second.train_on_batch(x, y)
+            second.fit(x, y, **options)
         return
-    second.train_on_batch(x, y)
+    second.fit(x, y, **options)
     for (_, a), (_, b) in zip(
         first.adapted_layers, second.adapted_layers, strict=True
     ):

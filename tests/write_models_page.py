@@ -151,6 +151,8 @@ KINDS = {
     "TextEmbedder": "text embedders",
     "ImageClassifier": "image classifiers",
     "ImageSegmenter": "image segmenters",
+    "DepthEstimator": "depth estimators",
+    "AudioToText": "speech to text",
 }
 
 
