@@ -338,8 +338,6 @@ TINY_CONVOLUTIONS = {
         "stackwise_pooling": [True, False],
     },
 }
-# Inputs of a task that hears.
-SOUND = "encoder_input_values", "encoder_padding_mask"
 SMALL_HEADS = {"pre_logits_num_filters": 8, "head_hidden_size": 16}
 
 
@@ -420,10 +418,12 @@ def build(name):
 def inputs_of(model, rows=ROWS):
     """Random tokens, all valid, or images, and whatever else a task takes."""
     generator = np.random.default_rng(0)
+    tensors = keras.tree.flatten(model.input)
+    hears = any(tensor.name == "encoder_input_values" for tensor in tensors)
 
     def values(tensor):
         length = LENGTH
-        if tensor.name in SOUND:
+        if hears and tensor.name.startswith("encoder"):
             length = 1600  # The first convolution takes 127 samples.
         shape = (rows, *(size or length for size in tensor.shape[1:]))
         if "mask_positions" in tensor.name:

@@ -132,7 +132,7 @@ def _saved_weights(model, twin):
     if unknown:
         raise ValueError(
             f'Model "{model.name}" has adapted layers without a name at '
-            f"Hugging Face: {unknown}. Leave them out with `target_layers`."
+            f"Hugging Face: {unknown}. Leave them out with `exclude_layers`."
         )
     tied = [p for p, layer in model.adapted_layers if twin.is_tied(layer)]
     if tied:
@@ -148,7 +148,7 @@ def _saved_weights(model, twin):
         raise ValueError(
             f"The layers {adapted} belong to the head and are adapted, but "
             "PEFT stores a head as a whole, without adapters. Leave them out "
-            "with `target_layers`: the head trains without adapters."
+            "with `exclude_layers`: the head trains without adapters."
         )
     return {name: twin.value_of(name, *where) for name, where in saved.items()}
 

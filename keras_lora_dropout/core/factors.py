@@ -106,7 +106,7 @@ def einsum_axes(equation, kernel_shape, input_ndim):
             "LoRA Dropout needs a kernel that is one matrix from input to "
             f"output features. Received: equation={equation!r}, in which "
             f"{shared or inputs} stands in more than one role. Leave this "
-            "layer out with `target_layers`."
+            "layer out with `exclude_layers`."
         )
     size = dict(zip(kernel, kernel_shape, strict=True))
     contracted = [c for c in kernel if c in inputs]

@@ -120,7 +120,7 @@ def rank_fits(rank, input_dim, output_dim, where):
             f"`rank` is larger than {where} can hold: its kernel maps "
             f"{input_dim} features to {output_dim}, so the rank is at most "
             f"{min(input_dim, output_dim)}. Received: rank={rank}. Choose a "
-            "smaller rank, or leave this layer out with `target_layers`."
+            "smaller rank, or leave this layer out with `exclude_layers`."
         )
 
 

@@ -164,7 +164,7 @@ class RankAllocator:
                     "important its ranks are. Received: trainable=False on the "
                     "layer, on a layer around it or on one of its factors. Set "
                     "`trainable = True` and compile the model again, or leave "
-                    "the layer out with `target_layers`."
+                    "the layer out with `exclude_layers`."
                 )
 
     def _update(self, gradients, updated):
