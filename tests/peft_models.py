@@ -74,6 +74,10 @@ def adapted(twin, folder, kind):
     options = {"rank": 4, "dropout_rate": 0.5, "seed": 5, "num_samples": 2}
     if kind == "adalora":
         options["rank_budget"] = kld.RankBudget(2)
+    else:
+        options["use_dora"] = twin.lora.get("use_dora", False)
+        if "word_embeddings" in twin.lora["target_modules"]:
+            options["target_layers"] = r"transformer_layer|token_embedding$"
     model = kld.enable_lora_dropout(plain(twin, folder), **options)
     layers = [layer for _, layer in model.adapted_layers]
     set_random([factor for layer in layers for factor in layer.factors], seed=7)
@@ -88,6 +92,7 @@ def adapted(twin, folder, kind):
         a, b = layers[1].mask_sizes
         values = (
             generator.normal(0, 0.4, (a, 2)),
+            *layers[1].factors[1:-1],
             generator.normal(0, 1, (2, b)),
         )
         layers[1].replace_factors(values, alpha=3)
