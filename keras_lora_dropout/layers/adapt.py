@@ -44,6 +44,24 @@ def adapts(keras_class, *, kind):
     return register
 
 
+def adapts_by(factorization, adapted_layers):
+    """Register adapted classes that have no constructor for users.
+
+    Args:
+        factorization: Mixin such as `AdaLoRAFactors`, which has a `kind`.
+        adapted_layers: Dictionary of Keras layer class -> class that says how
+            such a layer multiplies by factors.
+    """
+    for keras_class, base in adapted_layers.items():
+        adapts(keras_class, kind=factorization.kind)(
+            type(
+                f"{factorization.kind}Dropout{keras_class.__name__}",
+                (factorization, base, keras_class),
+                {"__module__": base.__module__},
+            )
+        )
+
+
 @functools.cache
 def adapter_class(layer_class, kind="LoRA"):
     """Return the adapted subclass of a layer class, or `None`.

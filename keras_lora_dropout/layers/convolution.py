@@ -6,6 +6,7 @@ from keras import ops
 from keras_lora_dropout.core import convolution
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.adapt import adapts
+from keras_lora_dropout.layers.adapt import adapts_by
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.lora_dropout import LoRAFactors
 
@@ -267,17 +268,13 @@ class LoRADropoutDepthwiseConv2D(
     """
 
 
-for _base, _keras_class in (
-    (AdaptedConvolution, keras.layers.Conv1D),
-    (AdaptedConvolution, keras.layers.Conv2D),
-    (AdaptedConvolution, keras.layers.Conv3D),
-    (AdaptedDepthwise, keras.layers.DepthwiseConv1D),
-    (AdaptedDepthwise, keras.layers.DepthwiseConv2D),
-):
-    adapts(_keras_class, kind="AdaLoRA")(
-        type(
-            f"AdaLoRADropout{_keras_class.__name__}",
-            (AdaLoRAFactors, _base, _keras_class),
-            {"__module__": __name__},
-        )
-    )
+adapts_by(
+    AdaLoRAFactors,
+    {
+        keras.layers.Conv1D: AdaptedConvolution,
+        keras.layers.Conv2D: AdaptedConvolution,
+        keras.layers.Conv3D: AdaptedConvolution,
+        keras.layers.DepthwiseConv1D: AdaptedDepthwise,
+        keras.layers.DepthwiseConv2D: AdaptedDepthwise,
+    },
+)

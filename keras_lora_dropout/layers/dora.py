@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core import factors
-from keras_lora_dropout.layers.adapt import adapts
+from keras_lora_dropout.layers.adapt import adapts_by
 from keras_lora_dropout.layers.linear import AdaptedDense
 from keras_lora_dropout.layers.linear import AdaptedEinsumDense
 from keras_lora_dropout.layers.lora_dropout import LoRAFactors
@@ -57,14 +57,10 @@ class DoRAFactors(LoRAFactors):
         return ops.divide_no_nan(magnitude, ops.stop_gradient(norms))
 
 
-for _base, _keras_class in (
-    (AdaptedDense, keras.layers.Dense),
-    (AdaptedEinsumDense, keras.layers.EinsumDense),
-):
-    adapts(_keras_class, kind="DoRA")(
-        type(
-            f"DoRADropout{_keras_class.__name__}",
-            (DoRAFactors, _base),
-            {"__module__": __name__},
-        )
-    )
+adapts_by(
+    DoRAFactors,
+    {
+        keras.layers.Dense: AdaptedDense,
+        keras.layers.EinsumDense: AdaptedEinsumDense,
+    },
+)

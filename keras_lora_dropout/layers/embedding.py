@@ -7,6 +7,7 @@ from keras_lora_dropout.core import factors
 from keras_lora_dropout.core.keras_internals import set_keras_mask
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.adapt import adapts
+from keras_lora_dropout.layers.adapt import adapts_by
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import next_seed
 from keras_lora_dropout.layers.lora_dropout import LoRAFactors
@@ -206,14 +207,10 @@ class LoRADropoutReversibleEmbedding(
     """
 
 
-for _base, _keras_class in (
-    (AdaptedEmbedding, keras.layers.Embedding),
-    (AdaptedReversibleEmbedding, keras.layers.ReversibleEmbedding),
-):
-    adapts(_keras_class, kind="AdaLoRA")(
-        type(
-            f"AdaLoRADropout{_keras_class.__name__}",
-            (AdaLoRAFactors, _base, _keras_class),
-            {"__module__": __name__},
-        )
-    )
+adapts_by(
+    AdaLoRAFactors,
+    {
+        keras.layers.Embedding: AdaptedEmbedding,
+        keras.layers.ReversibleEmbedding: AdaptedReversibleEmbedding,
+    },
+)
