@@ -17,7 +17,9 @@ CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
 	tests/test_rank_allocation.py tests/test_adalora_agreement.py \
 	tests/test_peft_adalora.py tests/test_peft_differences.py \
 	tests/test_adapters.py tests/test_several_adapters.py \
-	tests/test_merging.py tests/test_deployment.py
+	tests/test_merging.py tests/test_deployment.py \
+	tests/test_convolution_layers.py tests/test_embedding_layers.py \
+	tests/test_dora.py tests/test_initialization.py
 
 .PHONY: demo test test-all lint test-jax test-torch test-tensorflow clean
 
