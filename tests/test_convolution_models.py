@@ -171,3 +171,11 @@ def test_what_no_word_finds_is_named():
 def test_peft_has_no_place_for_convolutions(tmp_path):
     with pytest.raises(ValueError):
         trained().export_peft(tmp_path / "peft")
+
+
+def test_factors_start_at_random_but_not_from_the_kernel():
+    model = network(init_lora_weights="gaussian", dropout_rate=0)
+    plain = network()
+    assert_close(model.predict(X, verbose=0), plain.predict(X, verbose=0))
+    with pytest.raises(ValueError, match=r"'pissa' is not made for Conv2D"):
+        network(init_lora_weights="pissa")

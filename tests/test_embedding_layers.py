@@ -274,3 +274,8 @@ def test_ensembles_generate_with_adapted_embeddings():
     text = model.ensemble_generate(prompt, stop_token_ids=None, seed=0)
     tokens = ops.convert_to_numpy(text["token_ids"])
     np.testing.assert_array_equal(tokens[:, :4], TOKENS[:, :4])
+
+
+def test_embeddings_have_one_start():
+    with pytest.raises(ValueError, match="'gaussian' is not made for Revers"):
+        language_model(init_lora_weights="gaussian")
