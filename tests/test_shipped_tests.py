@@ -22,7 +22,11 @@ LAYERS = pathlib.Path(keras.__file__).parent / "src" / "layers"
     reason="once is enough: `make test-all` has all",
 )
 def test_lora_of_keras_is_left_as_it_was(tmp_path):
+    # Not our own settings, wherever Keras is installed.
+    settings = tmp_path / "pytest.ini"
+    settings.write_text("[pytest]\n", "utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-k", "lora"]
+    command += ["-c", str(settings)]
     command += ["-p", "keras_lora_dropout"]  # Imported before anything else.
     command += ["-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     command += [str(LAYERS / "core"), str(LAYERS / "convolutional")]
