@@ -28,7 +28,7 @@ import keras_lora_dropout as kld
 from keras_lora_dropout.architectures.huggingface.twin import (
     huggingface_weights,
 )
-from keras_lora_dropout.conversion.merging import merged_kernel
+from keras_lora_dropout.conversion.merging import merged_kernels
 from keras_lora_dropout.core import initialization
 
 pytestmark = pytest.mark.filterwarnings(
@@ -446,7 +446,7 @@ def test_quantized_kernels(mode, init, caplog):
     a, b = map(array, layer.factors)
     assert_close(a @ b, expected[0] @ expected[1], 1e-4)
     move(model)
-    exact = array(merged_kernel(layer))
+    exact = array(merged_kernels(layer)[0])
     start = delta(layer, layer.initial_factors)
     assert_close(exact, kernel - start + delta(layer), 1e-5)
     model.merge_adapters()

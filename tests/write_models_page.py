@@ -93,8 +93,9 @@ JAX and PyTorch; this page is written from its results.
 
 {markdown(heads, rows)}
 
-Kernels of experts, in mixtures, are no linear layers and have no adapters; nor
-have the feed-forward layers of Gemma 4, whose blocks never call them.
+Kernels of experts, in mixtures, are adapted where they are
+[named](api/enable_lora_dropout.md#experts), which is tested apart. The
+feed-forward layers of Gemma 4 have no adapters: its blocks never call them.
 
 Not tried:
 

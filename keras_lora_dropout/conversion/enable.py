@@ -90,7 +90,9 @@ def enable_lora_dropout(
             that is searched in the layer path, or a callable `(path, layer) ->
             bool`; these may also choose embeddings (`Embedding`,
             `ReversibleEmbedding`) and convolutions (`Conv1D`, `Conv2D`,
-            `Conv3D`, `DepthwiseConv1D`, `DepthwiseConv2D`).
+            `Conv3D`, `DepthwiseConv1D`, `DepthwiseConv2D`), and banks of
+            experts in KerasHub's mixtures, which then have a factor pair and
+            masks for each expert's kernels and need `sampling="sequential"`.
         exclude_layers: `None`, or a list, a regular expression or a callable
             as above: which of these layers are not adapted after all.
         blocks: Of which transformer blocks layers are adapted. `"all"`: of

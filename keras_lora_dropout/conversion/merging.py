@@ -171,8 +171,8 @@ class Unmerged:
         model._set_random_states(self.random_states)
 
 
-def merged_kernel(layer, keep=None):
-    """Return the kernel of a layer with its delta folded in.
+def merged_kernels(layer, keep=None):
+    """Return the kernels of a layer with their deltas folded in.
 
     Args:
         layer: An adapted layer.
@@ -180,42 +180,50 @@ def merged_kernel(layer, keep=None):
             one instance.
 
     Returns:
-        Tensor of the kernel's shape; the sum is made in float32, or in float64
-        for such a kernel. It has the kernel's dtype, if that is a float.
+        List of tensors of the kernels' shapes, most often of one; the sum is
+        made in float32, or in float64 for such a kernel. They have the
+        kernels' dtype, if that is a float.
     """
     if quantized.is_quantized(layer):
-        kernel = quantized.dequantized_kernel(
-            layer, layer._axes, plain_class(type(layer))
-        )
+        plain = plain_class(type(layer))
+        kernels = [quantized.dequantized_kernel(layer, layer._axes, plain)]
     else:
-        kernel = ops.convert_to_tensor(quantized.kernel_weights(layer)[0].value)
+        weights = quantized.kernel_weights(layer)
+        kernels = [ops.convert_to_tensor(weight.value) for weight in weights]
     if not layer.lora_rank:
-        return ops.copy(kernel)
-    dtype = keras.backend.result_type(kernel.dtype, "float32")
+        return [ops.copy(kernel) for kernel in kernels]
+    own_dtype = kernels[0].dtype
+    dtype = keras.backend.result_type(own_dtype, "float32")
     a, b = layer._factor_pair(*(ops.cast(f, dtype) for f in layer.factors))
     if keep is not None:
         keep = [ops.cast(mask, dtype) for mask in keep]
     scale = masks.delta_scale(
         layer.scaling, layer.dropout_rate, layer.rescale, keep is not None
     )
-    delta = layer._axes.delta(a, b * scale, keep)
+    totals = [
+        ops.cast(kernel, dtype) + delta
+        for kernel, delta in zip(
+            kernels, layer._axes.deltas(a, b * scale, keep), strict=True
+        )
+    ]
     if layer.initial_factors:
         a, b = (ops.cast(factor, dtype) for factor in layer.initial_factors)
-        delta = delta - layer._axes.delta(a, b * layer.mean_scale)
-    total = ops.cast(kernel, dtype) + delta
+        starts = layer._axes.deltas(a, b * layer.mean_scale)
+        totals = [t - start for t, start in zip(totals, starts, strict=True)]
     gain = layer.gain()
     if gain is not None:
-        total = total * layer._axes.columns(ops.cast(gain, dtype))
-    return ops.cast(total, kernel.dtype)
+        columns = layer._axes.columns(ops.cast(gain, dtype))
+        totals = [total * columns for total in totals]
+    return [ops.cast(total, own_dtype) for total in totals]
 
 
 def fold(layer, target, keep=None):
-    """Give a layer the kernel of an adapted layer with its delta.
+    """Give a layer the kernels of an adapted layer with their deltas.
 
     Args:
         layer: An adapted layer.
         target: The layer itself, or its counterpart in a copy of the model.
-        keep: As for `merged_kernel`.
+        keep: As for `merged_kernels`.
 
     Returns:
         What rounding to a quantized kernel has lost: the largest error as a
@@ -224,11 +232,14 @@ def fold(layer, target, keep=None):
     """
     weights = quantized.kernel_weights(target)
     if not quantized.is_quantized(layer):
-        weights[0].assign(merged_kernel(layer, keep))
+        for weight, kernel in zip(
+            weights, merged_kernels(layer, keep), strict=True
+        ):
+            weight.assign(kernel)
         return 0.0
     if not layer.lora_rank:
         return 0.0
-    exact = merged_kernel(layer, keep)
+    (exact,) = merged_kernels(layer, keep)
     values = quantized.quantized_like(layer, exact)
     for weight, value in zip(weights, values, strict=True):
         weight.assign(value)

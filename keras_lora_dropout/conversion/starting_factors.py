@@ -12,6 +12,13 @@ from keras_lora_dropout.layers.adapt import adapter_class
 from keras_lora_dropout.layers.initial_factors import INITIAL_NAMES
 
 _MATRICES = keras.layers.Dense, keras.layers.EinsumDense
+_CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+)
 # In the settings of a layer that has initial factors; no other has the entry.
 INITIAL = "initial_factors"
 
@@ -73,9 +80,8 @@ def starting_factors(targets, settings, init_lora_weights):
 def _values(layer, init_lora_weights, rank, alpha, dropout_rate, rescale, seed):
     """The two factors of one layer, float32."""
     from_kernel = init_lora_weights in initialization.FROM_KERNEL
-    if isinstance(layer, keras.layers.Embedding) or (
-        from_kernel and not isinstance(layer, _MATRICES)
-    ):
+    allowed = _MATRICES if from_kernel else (*_MATRICES, *_CONVOLUTIONS)
+    if not isinstance(layer, allowed):
         raise ValueError(
             f"init_lora_weights={init_lora_weights!r} is not made for "
             f"{type(layer).__name__}. Leave the layer out with "

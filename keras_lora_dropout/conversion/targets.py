@@ -4,6 +4,7 @@ import re
 
 import keras
 
+from keras_lora_dropout.architectures import experts
 from keras_lora_dropout.architectures.blocks import backbone_of
 from keras_lora_dropout.architectures.blocks import block_layers
 from keras_lora_dropout.architectures.blocks import head_layers
@@ -14,6 +15,7 @@ from keras_lora_dropout.layers.adapt import can_adapt
 from keras_lora_dropout.layers.adapt import is_known
 from keras_lora_dropout.layers.adapt import known_names
 
+experts.register()
 # What a word chooses, within the blocks or, of convolutions, anywhere.
 _KINDS = {
     "all-linear": (keras.layers.Dense, keras.layers.EinsumDense),

@@ -43,17 +43,13 @@ class ConvolutionAxes:
         """Lengths of the masks: input and output channels."""
         return self.channels, self.filters
 
-    def delta(self, factor_a, factor_b, keep=None):
-        """Multiply the factors out.
+    @property
+    def smallest_matrix(self):
+        """Sizes of the matrix that holds the least rank: there is but one."""
+        return self.input_dim, self.output_dim
 
-        Args:
-            factor_a: Tensor of shape `(input_dim, rank)`.
-            factor_b: Tensor of shape `(rank, filters)`.
-            keep: `None`, or the two masks of one instance.
-
-        Returns:
-            Tensor of the kernel's own shape.
-        """
+    def deltas(self, factor_a, factor_b, keep=None):
+        """Multiply the factors out, as `FactorAxes.deltas`."""
         delta = ops.matmul(factor_a, factor_b)
         if keep is not None:
             of_filters = ops.repeat(
@@ -64,7 +60,7 @@ class ConvolutionAxes:
             shape = math.prod(self.window), -1, self.filters
             delta = ops.reshape(delta, shape)
             delta = delta * ops.transpose(of_filters) * keep[1]
-        return ops.reshape(delta, self.kernel_shape)
+        return [ops.reshape(delta, self.kernel_shape)]
 
     def low_kernel(self, factor_a, mask_a=None):
         """Return the kernel that maps the input to what B is applied to.

@@ -51,7 +51,12 @@ class FactorAxes:
         """Lengths of the masks: one entry for each row of A, column of B."""
         return self.input_dim, self.output_dim
 
-    def delta(self, factor_a, factor_b, keep=None):
+    @property
+    def smallest_matrix(self):
+        """Sizes of the matrix that holds the least rank: there is but one."""
+        return self.input_dim, self.output_dim
+
+    def deltas(self, factor_a, factor_b, keep=None):
         """Multiply the factors out.
 
         Args:
@@ -60,7 +65,7 @@ class FactorAxes:
             keep: `None`, or the two masks of one instance.
 
         Returns:
-            Tensor of the kernel's own shape.
+            List of tensors of the shapes of the layer's kernels: of one.
         """
         if keep is not None:
             factor_a = factor_a * ops.expand_dims(keep[0], 1)
@@ -68,7 +73,7 @@ class FactorAxes:
         delta = ops.reshape(
             ops.matmul(factor_a, factor_b), (*self.contracted, *self.kept)
         )
-        return ops.transpose(delta, self.kernel_permutation)
+        return [ops.transpose(delta, self.kernel_permutation)]
 
     def columns(self, values):
         """Give values, one for each output feature, the axes of the kernel."""

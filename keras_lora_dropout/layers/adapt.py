@@ -179,4 +179,5 @@ def unadapt(layer):
     layer.lora_rank = layer.lora_alpha = None
     layer.__class__ = plain_class(type(layer))
     if not quantized.is_quantized(layer):
-        quantized.kernel_weights(layer)[0].trainable = layer.trainable
+        for kernel in quantized.kernel_weights(layer):
+            kernel.trainable = layer.trainable

@@ -104,7 +104,8 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
 
     def _freeze_kernel(self):
         if not quantized.is_quantized(self):
-            quantized.kernel_weights(self)[0].trainable = False
+            for kernel in quantized.kernel_weights(self):
+                kernel.trainable = False
 
     def _create_factors(self, axes, initializers):
         """Create the weights of the factors, one initializer each."""
@@ -374,7 +375,7 @@ def check_linear(layer, rank, axes, where):
                 f"keep. Build the layer without `{name}`, or leave it out with "
                 "`exclude_layers`."
             )
-    validation.rank_fits(rank, axes.input_dim, axes.output_dim, where)
+    validation.rank_fits(rank, *axes.smallest_matrix, where)
 
 
 def next_seed(streams):

@@ -9,6 +9,7 @@ from keras_lora_dropout.layers.adapt import adapts
 from keras_lora_dropout.layers.adapt import adapts_by
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.lora_dropout import LoRAFactors
+from keras_lora_dropout.layers.weights_in_order import WeightsInOrder
 
 
 class AdaptedConvolution(LoRADropoutAdapter):
@@ -84,7 +85,7 @@ class AdaptedConvolution(LoRADropoutAdapter):
         return convolution.convolution_axes(kernel_shape, self.groups)
 
 
-class AdaptedDepthwise(AdaptedConvolution):
+class AdaptedDepthwise(WeightsInOrder, AdaptedConvolution):
     """Mixin of a depthwise convolution: one group for each channel."""
 
     def _convolve(self, inputs, kernel):
@@ -95,23 +96,6 @@ class AdaptedDepthwise(AdaptedConvolution):
 
     def _factor_axes(self, kernel_shape):
         return convolution.depthwise_axes(kernel_shape)
-
-    # Keras has these by the order of all weights.
-
-    def save_own_variables(self, store):
-        for n, weight in enumerate(self._own_weights()):
-            store[str(n)] = weight
-        self._save_adapter(store)
-
-    def load_own_variables(self, store):
-        for n, weight in enumerate(self._own_weights()):
-            weight.assign(store[str(n)])
-        self._load_adapter(store)
-
-    def _own_weights(self):
-        if not self.built:
-            return []
-        return [self.kernel, *([] if self.bias is None else [self.bias])]
 
 
 @adapts(keras.layers.Conv1D, kind="LoRA")

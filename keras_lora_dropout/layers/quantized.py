@@ -14,6 +14,8 @@ from keras_lora_dropout.core.keras_internals import copy_with
 MODES = ("int8", "int4")
 _LINEAR = {"bias": None, "activation": None}
 _KERNELS = "_kernel", "kernel", "_embeddings"
+# Of layers whose kernels have other names, by class.
+KERNELS_OF: dict[type, tuple[str, ...]] = {}
 _WEIGHTS = *_KERNELS, "kernel_scale", "kernel_zero", "g_idx"
 
 
@@ -30,8 +32,10 @@ def kernel_shape(layer):
 
 
 def kernel_weights(layer):
-    """The variables of a layer that make up its kernel, itself first."""
-    return [vars(layer)[name] for name in _WEIGHTS if name in vars(layer)]
+    """The variables of a layer that make up its kernel, or kernels."""
+    bases = type(layer).__mro__
+    names = next((KERNELS_OF[c] for c in bases if c in KERNELS_OF), _WEIGHTS)
+    return [vars(layer)[name] for name in names if name in vars(layer)]
 
 
 def quantized_product(layer, inputs, keras_class):
