@@ -10,6 +10,7 @@ import inspect
 import logging
 import sys
 
+import keras_hub  # noqa: F401 (its modules are looked up by name)
 from keras import ops
 
 from keras_lora_dropout.layers.experts import adapts_experts
