@@ -1,4 +1,4 @@
-"""Runs `peft_layers_oracle.py` in a process of its own."""
+"""Runs PEFT's layers in a process of their own."""
 
 import json
 import os
@@ -6,14 +6,14 @@ import pathlib
 import subprocess
 import sys
 
-ORACLE = pathlib.Path(__file__).parent / "peft_layers_oracle.py"
+FOLDER = pathlib.Path(__file__).parent
 
 
-def run_oracle(cases):
-    """Return the outputs of PEFT's layers, as lists."""
+def run_oracle(given, oracle="peft_layers_oracle.py"):
+    """Return what an oracle writes for what it is given, both as plain data."""
     run = subprocess.run(
-        [sys.executable, str(ORACLE)],
-        input=json.dumps(cases),
+        [sys.executable, str(FOLDER / oracle)],
+        input=json.dumps(given),
         capture_output=True,
         text=True,
         check=False,

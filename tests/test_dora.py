@@ -1,10 +1,6 @@
 """DoRA: magnitudes beside the factors, with masks and without."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import keras_hub
@@ -15,10 +11,10 @@ from helpers import assert_close
 from helpers import draws_of
 from helpers import set_random
 from helpers import tiny_mlp
+from peft_layers import run_oracle
 
 import keras_lora_dropout as kld
 
-ORACLE = pathlib.Path(__file__).parent / "peft_dora_oracle.py"
 X = np.random.default_rng(0).normal(size=(6, 6)).astype("float32")
 Y = np.arange(6) % 3
 
@@ -122,16 +118,7 @@ def test_training_is_that_of_peft():
         "learning_rate": 0.1,
         "steps": 3,
     }
-    run = subprocess.run(
-        [sys.executable, str(ORACLE)],
-        input=json.dumps(case),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert run.returncode == 0, run.stderr
-    theirs = json.loads(run.stdout)
+    theirs = run_oracle(case, "peft_dora_oracle.py")
     assert_close(np.linalg.norm(weight, axis=1), theirs["initial"])
     assert_close(single(X), np.array(theirs["output"]), 1e-4)
     layer.bias.trainable = False

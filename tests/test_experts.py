@@ -10,6 +10,7 @@ from helpers import set_random
 from keras import ops
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.architectures import experts
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core.instances import LayoutError
 from keras_lora_dropout.layers import quantized
@@ -195,3 +196,19 @@ def test_what_does_not_go_is_said():
         adapted("MixtralCausalLM", rank_budget=budget)
     with pytest.raises(ValueError, match=r"'gaussian' is not made for"):
         adapted("MixtralCausalLM", init_lora_weights="gaussian")
+
+
+def test_a_bank_that_computes_otherwise_is_left_alone(monkeypatch):
+    known = {}
+    monkeypatch.setattr(
+        experts, "adapts_experts", lambda bank, *how: known.update({bank: how})
+    )
+    experts.register()
+    assert len(known) == len(MIXTURES)
+    changed = next(
+        bank for bank in known if bank.__name__.startswith("Mixtral")
+    )
+    monkeypatch.setattr(changed, "call", lambda self, hidden_states: None)
+    known.clear()
+    experts.register()
+    assert len(known) == len(MIXTURES) - 1 and changed not in known

@@ -6,11 +6,10 @@ these classes. A `call` that is not the one that was read here is not adapted.
 """
 
 import hashlib
+import importlib
 import inspect
 import logging
-import sys
 
-import keras_hub  # noqa: F401 (its modules are looked up by name)
 from keras import ops
 
 from keras_lora_dropout.layers.experts import adapts_experts
@@ -92,9 +91,10 @@ _BANKS = {
 def register():
     """Make the banks of the installed KerasHub known to `layers.adapt`."""
     for (module, name), (digest, kernels, forward) in _BANKS.items():
-        bank = getattr(sys.modules.get(_MODELS + module), name, None)
-        if bank is None:
-            continue
+        try:
+            bank = getattr(importlib.import_module(_MODELS + module), name)
+        except (ImportError, AttributeError):
+            continue  # Another KerasHub has it elsewhere.
         source = inspect.getsource(bank.call)
         if hashlib.sha256(source.encode()).hexdigest() != digest:
             logger.debug("%s computes anew and is not adapted.", name)

@@ -66,7 +66,8 @@ class ExpertAxes:
         if keep is not None:
             factor_a = factor_a * ops.expand_dims(keep[0], 1)
             factor_b = factor_b * keep[1]
-        return itertools.starmap(ops.matmul, self.pairs(factor_a, factor_b))
+        pairs = self.pairs(factor_a, factor_b)
+        return list(itertools.starmap(ops.matmul, pairs))
 
 
 def expert_product(inputs, kernel, pair=None):
