@@ -94,7 +94,7 @@ def test_entries_are_kept_at_the_ends_of_the_rates():
 
 def test_rows_of_an_instance_are_kept_alike():
     state = keras.random.SeedGenerator(0).next()
-    draws = sd.DropoutDraws(state, num_instances=2)
+    draws = sd.DropoutDraws(state, num_instances=2, rows_alike=True)
     keep = ops.convert_to_numpy(draws.keep((6, 31), 0.5))
     np.testing.assert_array_equal(keep, keep[[0, 0, 0, 3, 3, 3]])
     assert (keep[0] != keep[3]).any()

@@ -79,8 +79,9 @@ def build_model(workload):
     shape = dict(workload.shape)
     if workload.model == "llama":
         heads = shape.pop("num_heads")
+        key_value_heads = shape.pop("num_key_value_heads", heads)
         backbone = models.LlamaBackbone(
-            num_query_heads=heads, num_key_value_heads=heads, **shape
+            num_query_heads=heads, num_key_value_heads=key_value_heads, **shape
         )
         return models.LlamaCausalLM(backbone=backbone)
     shape["max_sequence_length"] = MAX_LENGTH

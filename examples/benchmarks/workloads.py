@@ -14,6 +14,13 @@ SHAPES = {
         "intermediate_dim": 3072,
         "vocabulary_size": 128100,
     },
+    ("deberta", "large"): {
+        "num_layers": 24,
+        "num_heads": 16,
+        "hidden_dim": 1024,
+        "intermediate_dim": 4096,
+        "vocabulary_size": 128100,
+    },
     ("bert", "smoke"): {**TINY, "intermediate_dim": 32},
     ("bert", "small"): {**SMALL, "intermediate_dim": 1024},
     ("bert", "base"): {
@@ -28,6 +35,14 @@ SHAPES = {
         "num_heads": 32,
         "hidden_dim": 4096,
         "intermediate_dim": 11008,
+        "vocabulary_size": 32000,
+    },
+    ("llama", "70b"): {
+        "num_layers": 80,
+        "num_heads": 64,
+        "num_key_value_heads": 8,
+        "hidden_dim": 8192,
+        "intermediate_dim": 28672,
         "vocabulary_size": 32000,
     },
 }
@@ -78,7 +93,7 @@ class Workload:
 
     @property
     def dtype(self):
-        return "bfloat16" if self.scale == "7b" else "float32"
+        return "bfloat16" if self.scale in ("7b", "70b") else "float32"
 
     @property
     def is_decoder(self):

@@ -9,12 +9,12 @@ import hashlib
 
 import numpy as np
 from keras import backend
-from keras import ops
 
 from keras_lora_dropout.conversion.starting_factors import initial_entry
 from keras_lora_dropout.conversion.starting_factors import initial_names
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.conversion.trainable import own_weights
+from keras_lora_dropout.core import sharding
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.rank_budget import RankBudget
 from keras_lora_dropout.layers.adapt import KINDS
@@ -395,4 +395,4 @@ def _unique(name, taken):
 def array_of(variable):
     """The value of a variable in its own dtype."""
     dtype = backend.standardize_dtype(variable.dtype)
-    return np.asarray(ops.convert_to_numpy(variable)).astype(dtype)
+    return np.asarray(sharding.to_numpy(variable)).astype(dtype)

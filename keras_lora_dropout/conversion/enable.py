@@ -22,6 +22,7 @@ from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.rank_budget import check_rank_budget
 from keras_lora_dropout.core.rank_budget import check_target
+from keras_lora_dropout.core.sharding import check_built_here
 from keras_lora_dropout.layers import adapt
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 
@@ -160,8 +161,9 @@ def enable_lora_dropout(
             matches `target_layers` or is left of it, if a pattern matches no
             adapted layer, if a selected layer is quantized to anything but
             int8 and int4, constrained, too small for its rank or carries
-            Keras's own LoRA, or if an argument is out of range. The model is
-            unchanged then.
+            Keras's own LoRA, if an argument is out of range, or if the model
+            was built under another `keras.distribution` than that in force.
+            The model is unchanged then.
 
     Example:
 
@@ -192,6 +194,7 @@ def enable_lora_dropout(
     validation.boolean("optimize", optimize)
     streams = random.Random(validation.seed(seed))
     _check_model(model)
+    check_built_here(model)
     targets = select_targets(model, target_layers, exclude_layers, blocks)
     paths = [path for path, _ in targets]
     ranks = _ranks(rank, rank_pattern, rank_budget, paths)

@@ -11,6 +11,7 @@ from keras_lora_dropout.architectures.huggingface.twin import HuggingFaceTwin
 from keras_lora_dropout.conversion.import_plan import ImportPlan
 from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import sharding
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.dora import DoRAFactors
@@ -170,7 +171,7 @@ def _kept_triplets(model):
 def _low_rank(layer, kept, masked):
     """The adapter of a layer as PEFT has it, without masks."""
     a, *middle, b = (
-        np.asarray(ops.convert_to_numpy(factor), "float32")
+        np.asarray(sharding.to_numpy(factor), "float32")
         for factor in layer.factors
     )
     kept = np.ones(layer.lora_rank, bool) if kept is None else kept
@@ -219,7 +220,7 @@ def _minus_initial(layer, module):
     """
     if not layer.initial_factors:
         return module
-    a, b = map(ops.convert_to_numpy, layer.initial_factors)
+    a, b = map(sharding.to_numpy, layer.initial_factors)
     b = b * (layer.mean_scale / module.scaling)
     return dataclasses.replace(
         module,

@@ -56,6 +56,23 @@ class FactorAxes:
         """Sizes of the matrix that holds the least rank: there is but one."""
         return self.input_dim, self.output_dim
 
+    def split_axes(self, kernel_axes):
+        """Say along which axes of a device mesh rows and columns are split.
+
+        Args:
+            kernel_axes: Tuple with one entry for each axis of the kernel: the
+                mesh axis along which it is split, or `None`.
+
+        Returns:
+            Tuple of two of these, for the rows of A and the columns of B. An
+            axis made of several is split as the first of them is: what each
+            device has of it is contiguous then.
+        """
+        if len(kernel_axes) != len(self.kernel_permutation):
+            return None, None
+        by_role = dict(zip(self.kernel_permutation, kernel_axes, strict=True))
+        return by_role.get(0), by_role.get(len(self.contracted))
+
     def deltas(self, factor_a, factor_b, keep=None):
         """Multiply the factors out.
 

@@ -3,6 +3,12 @@
 The layout is instance-major: rows `n * B` to `(n + 1) * B` belong to mask
 instance `n`. Big matrix products then run on contiguous rows, and each
 instance is one slice.
+
+Where `keras.distribution` splits the batch axis over devices, each device lays
+out the rows that it has in this way: first all instances of the rows of the
+first device, then those of the second. So no row leaves its device, and layers
+see what they always see, blocks of rows with a mask each; there are just more
+blocks.
 """
 
 import functools
@@ -41,13 +47,59 @@ def tile(structure, num_instances):
         if not has_rows(leaf):
             return leaf
         tensor = ops.convert_to_tensor(leaf)  # Once, not once per instance.
-        tiled = ops.concatenate([tensor] * num_instances, axis=0)
-        copy_mask(
-            leaf, tiled, lambda m: ops.concatenate([m] * num_instances, axis=0)
-        )
+        tiled = _repeat(num_instances, tensor)
+        copy_mask(leaf, tiled, functools.partial(_repeat, num_instances))
         return tiled
 
     return keras.tree.map_structure(repeat, structure)
+
+
+def _repeat(num_instances, tensor):
+    shape = ops.shape(tensor)
+    shards = data_shards(shape[0])
+    parts = ops.reshape(tensor, (shards, -1, *shape[1:]))
+    tiled = ops.concatenate([parts] * num_instances, axis=1)
+    return ops.reshape(tiled, (-1, *shape[1:]))
+
+
+def data_shards(rows):
+    """Over how many devices `keras.distribution` splits a batch axis.
+
+    Args:
+        rows: Length of the axis, of one instance. One that is not known, or
+            cannot be split evenly, is not split.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or not isinstance(rows, int):
+        return 1
+    mesh = distribution.device_mesh
+    axis = mesh.axis_names.index(distribution.batch_dim_name)
+    return 1 if rows % mesh.shape[axis] else mesh.shape[axis]
+
+
+def lay_out(values, rows):
+    """Put what is drawn for mask groups into the order of a batch's blocks.
+
+    Args:
+        values: Tensor of shape `(num_instances, groups, ...)`: one group for
+            all `rows` of an instance, or one for each of them.
+        rows: Length of the batch axis of one instance, or `None` if unknown.
+
+    Returns:
+        Tensor of shape `(blocks, ...)`: that of `num_instances * groups`, or
+        more, if devices have blocks of their own of the same group.
+    """
+    num_instances, groups, *shape = values.shape
+    shards = data_shards(rows)
+    if shards == 1:
+        return ops.reshape(values, (-1, *shape))
+    if groups == 1:
+        values = ops.repeat(values, shards, axis=1)
+    values = ops.reshape(values, (num_instances, shards, -1, *shape))
+    blocks = ops.reshape(ops.swapaxes(values, 0, 1), (-1, *shape))
+    # Each device draws what it needs, instead of all of it.
+    layout = keras.distribution.distribution().get_data_layout(blocks.shape)
+    return keras.distribution.distribute_tensor(blocks, layout)
 
 
 def split(structure, num_instances, rows=None):
@@ -70,7 +122,7 @@ def split(structure, num_instances, rows=None):
     check_outputs(structure, rows)
     pieces = []
     for leaf in keras.tree.flatten(structure):
-        parts = ops.split(leaf, num_instances, axis=0)
+        parts = ops.unstack(blocks(leaf, num_instances), num_instances)
         for n, part in enumerate(parts):
             copy_mask(leaf, part, functools.partial(_nth, n, num_instances))
         pieces.append(parts)
@@ -80,8 +132,45 @@ def split(structure, num_instances, rows=None):
     ]
 
 
+def blocks(tensor, num_instances):
+    """Give the instances of a tiled batch an axis of their own.
+
+    Args:
+        tensor: Tensor with a leading axis of `num_instances * B`.
+        num_instances: Positive integer.
+
+    Returns:
+        Tensor of shape `(num_instances, B, ...)`.
+    """
+    parts = _parts(tensor, num_instances)
+    shape = num_instances, -1, *ops.shape(tensor)[1:]
+    return ops.reshape(ops.swapaxes(parts, 0, 1), shape)
+
+
+def join(values):
+    """Undo `blocks`.
+
+    Args:
+        values: Tensor of shape `(num_instances, B, ...)`.
+
+    Returns:
+        Tensor with a leading axis of `num_instances * B`, in the order of a
+        tiled batch.
+    """
+    num_instances, rows, *shape = ops.shape(values)
+    parts = ops.reshape(values, (num_instances, data_shards(rows), -1, *shape))
+    return ops.reshape(ops.swapaxes(parts, 0, 1), (-1, *shape))
+
+
+def _parts(tensor, num_instances):
+    """Return a tiled batch as `(shards, num_instances, B / shards, ...)`."""
+    tiled, *shape = ops.shape(tensor)
+    rows = tiled // num_instances if isinstance(tiled, int) else None
+    return ops.reshape(tensor, (data_shards(rows), num_instances, -1, *shape))
+
+
 def _nth(n, num_instances, mask):
-    return ops.split(mask, num_instances, axis=0)[n]
+    return blocks(mask, num_instances)[n]
 
 
 def check_outputs(structure, rows):
@@ -99,9 +188,9 @@ def mean_of_blocks(structure, num_instances):
     def average(leaf):
         form = _Form(leaf)
         copy_mask(leaf, form, functools.partial(_nth, 0, num_instances))
-        shape = num_instances, -1, *ops.shape(leaf)[1:]
-        blocks = ops.reshape(leaf, shape)
-        return form.give(ops.sum(_widen(blocks), axis=0), num_instances)
+        total = ops.sum(_widen(_parts(leaf, num_instances)), axis=1)
+        total = ops.reshape(total, (-1, *ops.shape(leaf)[1:]))
+        return form.give(total, num_instances)
 
     return keras.tree.map_structure(average, structure)
 

@@ -12,6 +12,8 @@
 - The gradients that an optimizer accumulates over batches have none either.
 - The epoch that a callback lets `fit` resume at has no accessor.
 - On PyTorch, a model lists its parameters when it is built, and never again.
+- A variable takes the layout that a `keras.distribution` has for its path when
+  it is made; another one cannot be given, nor can it be asked for.
 
 Everything private is here, and a Keras that lacks it is refused by version.
 """
@@ -211,6 +213,24 @@ def accumulated_gradients(optimizer, variables):
     sums = _private(optimizer, "_accumulated_gradients")
     index = _private(optimizer, "_get_variable_index")
     return [sums[index(variable)] for variable in variables]
+
+
+def has_layout(variable):
+    """Whether a variable lies where a `keras.distribution` has put it."""
+    return _private(variable, "_layout") is not None
+
+
+def set_layout(variable, layout):
+    """Spread a variable over devices.
+
+    Args:
+        variable: A variable that a `keras.distribution` has placed.
+        layout: `keras.distribution.TensorLayout`. The optimizer's variables
+            for this one will have it, too.
+    """
+    _private(variable, "_layout")
+    variable._layout = layout
+    variable.assign(variable.value)
 
 
 def _private(owner, name):

@@ -14,6 +14,7 @@ import copy
 import keras
 from keras import ops
 
+from keras_lora_dropout.core.instances import lay_out
 from keras_lora_dropout.core.masks import GivenSeed
 from keras_lora_dropout.core.masks import draw_uniform
 
@@ -29,16 +30,25 @@ class DropoutDraws:
 
     Args:
         seed: Tensor, the state of a `SeedGenerator`.
-        num_instances: `None`: each row of the batch draws for itself. An
-            integer N: the batch consists of N blocks of rows, one for each
-            instance of an ensemble, and the rows of a block are alike.
+        num_instances: Positive integer N: the batch consists of the rows of N
+            instances.
+        rows_alike: Boolean. Whether all rows of an instance draw the same, as
+            in an ensemble, instead of each for itself.
         instance: `None`, or which of the N instances the whole batch is.
         stream: Integer, another one for each layer.
     """
 
-    def __init__(self, seed, num_instances=None, instance=None, stream=0):
+    def __init__(
+        self,
+        seed,
+        num_instances=1,
+        rows_alike=False,
+        instance=None,
+        stream=0,
+    ):
         self.seed = seed
         self.num_instances = num_instances
+        self.rows_alike = rows_alike
         self.instance = instance
         self.stream = stream
 
@@ -83,12 +93,15 @@ class DropoutDraws:
         offset = [(self.stream + 1) * _STREAM % 2**31, 0]
         dtype = keras.backend.standardize_dtype(self.seed.dtype)
         seed = GivenSeed(self.seed + ops.convert_to_tensor(offset, dtype))
-        if self.num_instances is None:
-            return draw(shape, seed)
+        rows = shape[0] // self.num_instances
+        if not self.rows_alike:
+            values = draw((self.num_instances, rows, *shape[1:]), seed)
+            return lay_out(values, rows)
         values = draw((self.num_instances, *shape[1:]), seed)
         if self.instance is not None:
             return values[self.instance : self.instance + 1]
-        return ops.repeat(values, shape[0] // self.num_instances, axis=0)
+        blocks = lay_out(ops.expand_dims(values, 1), rows)
+        return ops.repeat(blocks, shape[0] // blocks.shape[0], axis=0)
 
     def _but(self, **attributes):
         changed = copy.copy(self)

@@ -68,7 +68,7 @@ def ensemble_outputs(model, call, request, args, kwargs):
     dropout = None
     if request.drops:
         seed = model.ensemble_seed_generator.next()
-        dropout = DropoutDraws(seed, num_instances=count)
+        dropout = DropoutDraws(seed, count, rows_alike=True)
 
     def forward(inputs):
         args, kwargs = inputs
@@ -77,7 +77,9 @@ def ensemble_outputs(model, call, request, args, kwargs):
     inputs = args, kwargs
     if model.lora_dropout.sampling == "parallel" and count > 1:
         layout.check_parallel_layout(model, forward, inputs, count)
-        rows = instances.batch_size(inputs) * count
+        rows = instances.batch_size(inputs)
+        values = instances.lay_out(ops.expand_dims(values, 1), rows)
+        rows = rows * count
         draws = masks.Draws(plan, values, rows, dropout=dropout)
         with masks.use_draws(draws):
             outputs = layout.run_parallel(model, forward, inputs, count)

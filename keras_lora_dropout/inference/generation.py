@@ -79,21 +79,16 @@ def generate_step(model, plain_step, request, inputs, *args, **kwargs):
     """
     turns = _turns(model, request.num_samples, instances.batch_size(inputs))
     sampler = EnsembleSampler(model.sampler, request, len(turns))
+    tiled = instances.tile(inputs, sampler.copies)
     with _sampler_of(model, sampler):
         for draws in turns:
             with masks.use_draws(draws):
-                outputs = plain_step(
-                    model,
-                    instances.tile(inputs, draws.groups),
-                    *args,
-                    **kwargs,
-                )
-    last = turns[-1]
+                outputs = plain_step(model, tiled, *args, **kwargs)
     first = {
         # Gemma 3 hands on the images that a text has not.
         name: None
         if tensor is None
-        else instances.split(tensor, last.groups, last.rows)[0]
+        else instances.split(tensor, sampler.copies, turns[-1].rows)[0]
         for name, tensor in outputs.items()
     }
     return {**first, **sampler.measures}
@@ -103,6 +98,7 @@ def _turns(model, count, rows):
     """Draw the instances: all for one turn in parallel, or one for each."""
     plan, values = model.mask_plan, ensemble_draws(model, count)
     if model.lora_dropout.sampling == "parallel":
+        values = instances.lay_out(ops.expand_dims(values, 1), rows)
         return [masks.Draws(plan, values, rows * count)]
     return [masks.Draws(plan, values[n : n + 1], rows) for n in range(count)]
 
@@ -151,7 +147,7 @@ class EnsembleSampler(keras_hub.samplers.Sampler):
         if self._request.return_uncertainty:
             rows, length = ops.shape(prompt)[:2]
             nothing = ops.full(
-                (rows // self._copies, length), float("nan"), "float32"
+                (rows // self.copies, length), float("nan"), "float32"
             )
             measures = dict.fromkeys(_MEASURES, nothing)
         # The loop of the base class carries the cache, whatever that is.
@@ -163,7 +159,7 @@ class EnsembleSampler(keras_hub.samplers.Sampler):
         )
 
     @property
-    def _copies(self):
+    def copies(self):
         """How often each row is there in the prompt of one turn."""
         return self._request.num_samples // self._num_turns
 
@@ -176,7 +172,7 @@ class EnsembleSampler(keras_hub.samplers.Sampler):
                 own_next(prompt, own_cache, index)
                 for own_next, own_cache in zip(functions, caches, strict=True)
             ]
-            logits = ops.concatenate([step[0] for step in steps], axis=0)
+            logits = self._join([step[0] for step in steps])
             caches = tuple(step[2] for step in steps)
             if measures:
                 step = measure(self._blocks(logits))
@@ -208,7 +204,12 @@ class EnsembleSampler(keras_hub.samplers.Sampler):
 
     def get_next_token(self, probabilities):
         token = self._sampler.get_next_token(probabilities)
-        return instances.tile(token, self._copies)
+        return instances.tile(token, self.copies)
+
+    def _join(self, logits):
+        """Put the logits of all turns together, `(N * B, vocabulary_size)`."""
+        turns = [instances.blocks(turn, self.copies) for turn in logits]
+        return ops.reshape(ops.concatenate(turns), (-1, logits[0].shape[-1]))
 
     def _blocks(self, logits):
         """Logits in float32, `(N, B, vocabulary_size)`."""

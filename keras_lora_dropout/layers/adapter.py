@@ -11,6 +11,7 @@ from keras_lora_dropout.core.instances import check_rows
 from keras_lora_dropout.core.keras_internals import Unquantizable
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.core.sharding import follow_kernel
 from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.initial_factors import InitialFactors
 
@@ -110,18 +111,25 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
     def _create_factors(self, axes, initializers):
         """Create the weights of the factors, one initializer each."""
         shapes = self._factor_shapes(axes, self.lora_rank)
+        for name, shape, initializer in zip(
+            self.factor_names, shapes, initializers, strict=True
+        ):
+            self._add_adapter_weight(
+                name, shape, initializer, axes, trainable=self.lora_rank > 0
+            )
+
+    def _add_adapter_weight(self, name, shape, initializer, axes, trainable):
+        """Create a weight of the adapter, split over devices as its kernel."""
         with unlocked(self):
-            for name, shape, initializer in zip(
-                self.factor_names, shapes, initializers, strict=True
-            ):
-                weight = self.add_weight(
-                    name=name,
-                    shape=shape,
-                    initializer=initializer,
-                    dtype="float32",
-                    trainable=self.lora_rank > 0,
-                )
-                setattr(self, name, weight)
+            weight = self.add_weight(
+                name=name,
+                shape=shape,
+                initializer=initializer,
+                dtype="float32",
+                trainable=trainable,
+            )
+            setattr(self, name, weight)
+        follow_kernel(weight, quantized.kernel_weights(self)[0], axes)
 
     def factors_from_kernel(self):
         """Start of the factors that depend on the kernel, by name."""

@@ -4,7 +4,6 @@ from keras import ops
 
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core.keras_internals import forget_attributes
-from keras_lora_dropout.core.keras_internals import unlocked
 
 INITIAL_NAMES = ("initial_kernel_a", "initial_kernel_b")
 
@@ -48,16 +47,10 @@ class InitialFactors:
             forget_attributes(self, INITIAL_NAMES)
             return
         shapes = self.lora_kernel_a.shape, self.lora_kernel_b.shape
-        with unlocked(self):
-            for name, shape in zip(INITIAL_NAMES, shapes, strict=True):
-                weight = self.add_weight(
-                    name=name,
-                    shape=shape,
-                    initializer="zeros",
-                    dtype="float32",
-                    trainable=False,
-                )
-                setattr(self, name, weight)
+        for name, shape in zip(INITIAL_NAMES, shapes, strict=True):
+            self._add_adapter_weight(
+                name, shape, "zeros", self._axes, trainable=False
+            )
 
     def minus_initial(self, factor_a, factor_b):
         """Subtract `mean_scale * A0 @ B0` from a product, as further ranks.

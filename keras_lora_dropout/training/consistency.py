@@ -129,11 +129,11 @@ def consistency_loss(model, tensors, partners, sample_weight):
 
 
 def partners_among(tensors, count):
-    """Return for each block of rows the one before it."""
+    """Return for the rows of each instance those of the one before it."""
 
     def previous(tensor):
-        rows = ops.shape(tensor)[0] // count
-        rolled = ops.concatenate([tensor[-rows:], tensor[:-rows]], axis=0)
+        blocks = instances.blocks(tensor, count)
+        rolled = instances.join(ops.roll(blocks, 1, axis=0))
         instances.copy_mask(tensor, rolled)
         return rolled
 

@@ -10,7 +10,6 @@ import contextlib
 import inspect
 
 import keras
-from keras import ops
 
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import layout
@@ -46,17 +45,20 @@ def draw_passes(model, x):
         model.mask_seed_generator,
         settings.mask_sampling,
     )
+    rows = instances.batch_size(x)
     if settings.sampling == "sequential":
         return [
-            (values[n], model.next_dropout_seed())
+            (
+                instances.lay_out(values[n : n + 1], rows),
+                model.next_dropout_seed(),
+            )
             for n in range(settings.num_samples)
         ]
     if settings.num_samples > 1:
         layout.check_parallel_layout(
             model, _forward(model), x, settings.num_samples
         )
-    values = ops.reshape(values, (settings.num_samples * groups, plan.width))
-    return [(values, model.next_dropout_seed())]
+    return [(instances.lay_out(values, rows), model.next_dropout_seed())]
 
 
 def _mask_groups(model, x):
@@ -107,9 +109,10 @@ def partner(model, x):
         if instances_per_pass(model) > 1:
             return None
         shape = _mask_groups(model, x), model.mask_plan.width
-        values = masks.draw_uniform(shape, model.mask_seed_generator)
-        seed, training = model.next_dropout_seed(), True
         rows = instances.batch_size(x)
+        values = masks.draw_uniform(shape, model.mask_seed_generator)
+        values = instances.lay_out(values[None], rows)
+        seed, training = model.next_dropout_seed(), True
         draws = masks.Draws(
             model.mask_plan, values, rows, dropout=_dropout((values, seed))
         )
@@ -126,13 +129,15 @@ def instances_per_pass(model):
 
 def pass_draws(model, x, drawn):
     """Return the `Draws` that layers read in a pass of `draw_passes`."""
-    rows = instances.batch_size(x) * instances_per_pass(model)
-    return masks.Draws(model.mask_plan, drawn[0], rows, dropout=_dropout(drawn))
+    count = instances_per_pass(model)
+    rows = instances.batch_size(x) * count
+    dropout = _dropout(drawn, count)
+    return masks.Draws(model.mask_plan, drawn[0], rows, dropout=dropout)
 
 
-def _dropout(drawn):
+def _dropout(drawn, num_instances=1):
     _, seed = drawn
-    return None if seed is None else DropoutDraws(seed)
+    return None if seed is None else DropoutDraws(seed, num_instances)
 
 
 def pass_loss(model, x, y, sample_weight, kept, partner):
