@@ -62,6 +62,17 @@ def peft(tmp_path_factory):
         return dict(results)
 
 
+@pytest.fixture(scope="module")
+def quick_collection():
+    """Keras collects all garbage once for each weight that a layer loses.
+
+    In a process that has compiled the models of many tests, each time takes a
+    second; what is there by now stays, and need not be gone through.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def closed_figures():
     yield

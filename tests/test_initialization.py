@@ -31,13 +31,16 @@ from keras_lora_dropout.architectures.huggingface.twin import (
 from keras_lora_dropout.conversion.merging import merged_kernels
 from keras_lora_dropout.core import initialization
 
-pytestmark = pytest.mark.filterwarnings(
-    # KerasHub feeds strings to `fit` by a reader that keeps their order.
-    "ignore:`shuffle=True` was passed:UserWarning",
-    "ignore:unclosed file:ResourceWarning",
-    # Keras names each layer that it does not quantize.
-    "ignore:Layer .* does not have a `quantize` method:UserWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("quick_collection"),
+    pytest.mark.filterwarnings(
+        # KerasHub feeds strings to `fit` by a reader that keeps their order.
+        "ignore:`shuffle=True` was passed:UserWarning",
+        "ignore:unclosed file:ResourceWarning",
+        # Keras names each layer that it does not quantize.
+        "ignore:Layer .* does not have a `quantize` method:UserWarning",
+    ),
+]
 ORACLE = pathlib.Path(oracle.__file__)
 ALL = initialization.INITIALIZATIONS
 FROM_KERNEL = initialization.FROM_KERNEL

@@ -18,13 +18,16 @@ from keras_lora_dropout.core import factors
 from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapter import plain_class
 
-pytestmark = pytest.mark.filterwarnings(
-    # Keras names each layer that it leaves as it is.
-    "ignore:Layer .* does not have a `quantize` method:UserWarning",
-    "ignore:The use of `x.T` on tensors:UserWarning",
-    # KerasHub feeds strings to `fit` by a reader that keeps their order.
-    "ignore:`shuffle=True` was passed:UserWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("quick_collection"),
+    pytest.mark.filterwarnings(
+        # Keras names each layer that it leaves as it is.
+        "ignore:Layer .* does not have a `quantize` method:UserWarning",
+        "ignore:The use of `x.T` on tensors:UserWarning",
+        # KerasHub feeds strings to `fit` by a reader that keeps their order.
+        "ignore:`shuffle=True` was passed:UserWarning",
+    ),
+]
 
 # By name: whether Keras quantizes the layer's input, too.
 CONFIGS = {
