@@ -25,12 +25,13 @@ from keras_lora_dropout.training.row_losses import is_mean_over_rows
 from keras_lora_dropout.training.unused_adapters import warn_of_unused
 
 
-def draw_passes(model, x):
+def draw_passes(model, x, share=None):
     """Draw the masks of one training step.
 
     Args:
         model: The adapted model.
         x: Inputs of the batch, a nested structure of tensors.
+        share: `BatchShare`, if the batch is a part of a larger one.
 
     Returns:
         A list of draws, one entry for each pass: a tensor of shape
@@ -38,19 +39,19 @@ def draw_passes(model, x):
         of structured dropout, or `None`.
     """
     settings = model.lora_dropout
-    groups = _mask_groups(model, x)
     plan = model.mask_plan
     values = masks.draw_instances(
-        (settings.num_samples, groups, plan.width),
+        (settings.num_samples, _mask_groups(model, x, share), plan.width),
         model.mask_seed_generator,
         settings.mask_sampling,
     )
+    values = _own_groups(model, values, share)
     rows = instances.batch_size(x)
     if settings.sampling == "sequential":
         return [
             (
                 instances.lay_out(values[n : n + 1], rows),
-                model.next_dropout_seed(),
+                _dropout_seed(model, share),
             )
             for n in range(settings.num_samples)
         ]
@@ -58,13 +59,27 @@ def draw_passes(model, x):
         layout.check_parallel_layout(
             model, _forward(model), x, settings.num_samples
         )
-    return [(instances.lay_out(values, rows), model.next_dropout_seed())]
+    return [(instances.lay_out(values, rows), _dropout_seed(model, share))]
 
 
-def _mask_groups(model, x):
-    """Number of mask groups of one instance."""
-    is_shared = model.lora_dropout.mask_sharing == "batch"
-    return 1 if is_shared else instances.batch_size(x)
+def _mask_groups(model, x, share):
+    """Number of mask groups of one instance, those of all processes."""
+    if model.lora_dropout.mask_sharing == "batch":
+        return 1
+    return instances.batch_size(x) if share is None else share.total
+
+
+def _own_groups(model, values, share):
+    """Keep this process's groups `(..., groups, width)` of all."""
+    if share is None or model.lora_dropout.mask_sharing == "batch":
+        return values
+    return share.take(values)
+
+
+def _dropout_seed(model, share):
+    """Seed of structured dropout, which each process draws for its own rows."""
+    seed = model.next_dropout_seed()
+    return seed if share is None or seed is None else share.own_seed(seed)
 
 
 def kept_prefix(model, x, passes):
@@ -91,10 +106,10 @@ def kept_prefix(model, x, passes):
     return None if model.losses else kept
 
 
-def partner(model, x):
+def partner(model, x, share=None):
     """Run the pass that all passes of one step are compared with.
 
-    Call it where no gradients are recorded.
+    Call it where no gradients are recorded. Takes what `draw_passes` takes.
 
     Returns:
         What `pass_loss` takes: list of tensors of `B` rows. `None` if the
@@ -108,11 +123,12 @@ def partner(model, x):
     if consistency.kind == "kl":
         if instances_per_pass(model) > 1:
             return None
-        shape = _mask_groups(model, x), model.mask_plan.width
         rows = instances.batch_size(x)
+        shape = _mask_groups(model, x, share), model.mask_plan.width
         values = masks.draw_uniform(shape, model.mask_seed_generator)
+        values = _own_groups(model, values, share)
         values = instances.lay_out(values[None], rows)
-        seed, training = model.next_dropout_seed(), True
+        seed, training = _dropout_seed(model, share), True
         draws = masks.Draws(
             model.mask_plan, values, rows, dropout=_dropout((values, seed))
         )
@@ -217,18 +233,23 @@ def around_update(model, weights, gradients):
     return allocator.around_update(model.optimizer, weights, gradients)
 
 
-def update_metrics(model, x, y, outputs, sample_weight, losses):
-    """Track the loss, update the metrics, return the logs."""
+def update_metrics(model, x, y, outputs, sample_weight, losses, share=None):
+    """Track the loss, update the metrics, return the logs.
+
+    With a `BatchShare`, losses are those of the whole batch.
+    """
     losses = dict(losses)
     loss = losses.pop("loss")
+    # Metrics add up over the processes, which have the same loss.
+    rows = instances.batch_size(x) if share is None else share.mean_rows
     for metric in model.metrics:
         if metric.name == "loss":
-            metric.update_state(loss, sample_weight=instances.batch_size(x))
+            metric.update_state(loss, sample_weight=rows)
             break
     logs = model.compute_metrics(x, y, outputs, sample_weight=sample_weight)
     if CONSISTENCY in losses:
         model.consistency_metric.update_state(
-            losses[CONSISTENCY], sample_weight=instances.batch_size(x)
+            losses[CONSISTENCY], sample_weight=rows
         )
         losses[CONSISTENCY] = model.consistency_metric.result()
     if model.rank_allocator is not None:
