@@ -34,6 +34,7 @@ from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import plain_class
 from keras_lora_dropout.layers.transformer_dropout import drops
 from keras_lora_dropout.training.backend import NSampleTrainStep
+from keras_lora_dropout.training.backend import end_run
 from keras_lora_dropout.training.backend import state_kept
 
 
@@ -83,8 +84,14 @@ class AdaptedModel(
     It is mixed in front of a Keras model class. `fit` minimises the N-sample
     objective ([L] Eq. 7), `predict` and `evaluate` use the mean network, and
     the `ensemble_*` methods average N mask instances ([L] Eq. 8).
+
+    Attributes:
+        train_across_processes: Boolean. Whether training on torch averages
+            over the processes of `torch.distributed`'s default group, where
+            there is one.
     """
 
+    train_across_processes = True
     lora_dropout = None  # SamplingSettings, set by `_start_sampling`.
     _plain_trainable = None  # Set by `enable_lora_dropout`.
     _optimized = False
@@ -217,6 +224,7 @@ class AdaptedModel(
             with state_kept(self):
                 return super().fit(**arguments)
         finally:
+            end_run(self)
             # At its end, Keras puts the optimizer's averaged weights in place.
             self._prune()
 

@@ -7,6 +7,8 @@ import pathlib
 import keras
 
 from keras_lora_dropout.core.keras_internals import start_at_epoch
+from keras_lora_dropout.training.backend import begin_run
+from keras_lora_dropout.training.backend import finish_run
 
 logger = logging.getLogger("keras_lora_dropout")
 
@@ -51,6 +53,9 @@ class _BeforeOthers(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.model._finished_epochs = epoch + 1
 
+    def on_train_end(self, logs=None):
+        finish_run(self.model)
+
 
 class _AfterOthers(keras.callbacks.Callback):
     """Starts the run, once callbacks have restored an interrupted one.
@@ -65,6 +70,7 @@ class _AfterOthers(keras.callbacks.Callback):
             start_at_epoch(self.model, self.model._restored_epochs)
         self.model._go_on_with_random_states()
         self.model._start_schedule(self.params)
+        begin_run(self.model, self.params)
 
 
 def _drop_broken_metadata(callback):

@@ -1,4 +1,7 @@
-"""One gradient step and safe state, for the backend that Keras runs on."""
+"""What depends on the backend that Keras runs on.
+
+One gradient step, safe state, and several processes that train one model.
+"""
 
 import keras
 
@@ -16,6 +19,9 @@ elif keras.config.backend() == "torch":
         set_global_random_states,
     )
     from keras_lora_dropout.training.backend.torch import state_kept
+    from keras_lora_dropout.training.backend.torch_processes import begin_run
+    from keras_lora_dropout.training.backend.torch_processes import end_run
+    from keras_lora_dropout.training.backend.torch_processes import finish_run
 elif keras.config.backend() == "tensorflow":
     from keras_lora_dropout.training.backend.tensorflow import NSampleTrainStep
     from keras_lora_dropout.training.backend.tensorflow import free_memory
@@ -33,8 +39,16 @@ else:
         "KERAS_BACKEND to one of these before importing Keras."
     )
 
+if keras.config.backend() != "torch":
+    from keras_lora_dropout.training.backend.one_process import begin_run
+    from keras_lora_dropout.training.backend.one_process import end_run
+    from keras_lora_dropout.training.backend.one_process import finish_run
+
 __all__ = [
     "NSampleTrainStep",
+    "begin_run",
+    "end_run",
+    "finish_run",
     "free_memory",
     "global_random_states",
     "set_global_random_states",

@@ -9,16 +9,20 @@ from keras_lora_dropout.core import instances
 from keras_lora_dropout.core.host_memory import free_host_memory
 from keras_lora_dropout.core.masks import use_draws
 from keras_lora_dropout.training import objective
+from keras_lora_dropout.training.backend import torch_processes as processes
 
 
 class NSampleTrainStep:
     """Mixin: `train_step` on the N-sample objective."""
 
+    _exchanges_metrics = False
+
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        passes = objective.draw_passes(self, x)
+        share = processes.share_of_batch(self, x)
+        passes = objective.draw_passes(self, x, share)
         with torch.no_grad():
-            partner = objective.partner(self, x)
+            partner = objective.partner(self, x, share)
         # A `fit` inside `torch.autocast` would go on with the weights that the
         # first step has cast, whatever the optimizer makes of them; or with
         # those of the pass above, which have no gradients.
@@ -40,11 +44,24 @@ class NSampleTrainStep:
         weights = list(self.trainable_weights)
         gradients = [w.value.grad for w in weights]
         with torch.no_grad():
+            gradients, losses = processes.averaged(
+                weights, gradients, losses, share
+            )
             with objective.around_update(self, weights, gradients):
                 self.optimizer.apply(gradients, weights)
-        return objective.update_metrics(
-            self, x, y, outputs, sample_weight, losses
-        )
+        with processes.metrics_exchanged(self, share is not None):
+            return objective.update_metrics(
+                self, x, y, outputs, sample_weight, losses, share
+            )
+
+    def test_step(self, data):
+        # Shares of the data may have unequal numbers of batches here.
+        with processes.metrics_exchanged(self, False):
+            return super().test_step(data)
+
+    def get_metrics_result(self):
+        with processes.summed_metrics(self):
+            return super().get_metrics_result()
 
 
 def state_kept(model):
