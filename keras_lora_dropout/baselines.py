@@ -21,6 +21,7 @@ from keras_lora_dropout.layers.adapter import next_seed
 from keras_lora_dropout.layers.bottleneck import BottleneckAdapter
 from keras_lora_dropout.layers.bottleneck import add_bottleneck
 
+_MAX_BOTTLENECK = 2**16  # Far more than any model has features.
 _PLACEMENTS = ("houlsby", "pfeiffer")
 # What Keras calls additive terms; `beta` is that of a normalization.
 _BIASES = ("bias", "beta")
@@ -134,7 +135,9 @@ def enable_bottleneck_adapters(
     16
     """
     _check_model(model, "enable_bottleneck_adapters")
-    validation.positive_integer("bottleneck_size", bottleneck_size)
+    size = validation.positive_integer(
+        "bottleneck_size", bottleneck_size, at_most=_MAX_BOTTLENECK
+    )
     validation.word("placement", placement, _PLACEMENTS)
     validation.boolean("use_bias", use_bias)
     activation = keras.activations.get(activation)
@@ -151,9 +154,7 @@ def enable_bottleneck_adapters(
             "Pass a text task or backbone, such as a `BertTextClassifier`."
         )
     for layer in layers:
-        add_bottleneck(
-            layer, bottleneck_size, activation, use_bias, next_seed(streams)
-        )
+        add_bottleneck(layer, size, activation, use_bias, next_seed(streams))
     norms = set()
     if houlsby:
         norms = {

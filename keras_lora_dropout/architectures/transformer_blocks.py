@@ -7,6 +7,7 @@ from keras_lora_dropout.architectures.attention_softmax import softmax_of
 from keras_lora_dropout.architectures.blocks import backbone_of
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import sublayers
+from keras_lora_dropout.core.validation import shown
 
 # The last layer of a feed-forward sublayer, as KerasHub's text models name it.
 FEEDFORWARD_OUTPUTS = "feedforward_output_dense", "ffw_linear"
@@ -59,7 +60,7 @@ def choose_blocks(model, blocks):
         raise ValueError(
             f'Model "{model.name}" has no transformer blocks: none of its '
             "layers contains an attention layer with a softmax. Received: "
-            f"blocks={blocks!r}."
+            f"blocks={shown(blocks)}."
         )
     indices = _indices(blocks, len(found))
     if not indices:
@@ -67,7 +68,7 @@ def choose_blocks(model, blocks):
             '`blocks` must be "all", "first n" or "last n" with n from 1 to '
             f"{len(found)}, or name at least one block by a list or range of "
             f'indices of the {len(found)} blocks of model "{model.name}". '
-            f"Received: blocks={blocks!r}."
+            f"Received: blocks={shown(blocks)}."
         )
     return [found[n] for n in indices]
 
@@ -77,7 +78,7 @@ def _indices(blocks, count):
     if isinstance(blocks, str):
         if blocks == "all":
             return range(count)
-        match = re.fullmatch(r"(first|last) ([0-9]+)", blocks)
+        match = re.fullmatch(r"(first|last) ([0-9]{1,9})", blocks)
         if match is None or int(match[2]) > count:
             return []
         number = int(match[2])

@@ -286,7 +286,8 @@ def _alphas(alpha, alpha_pattern, use_rslora, ranks):
         name = f'alpha_pattern["{path}"]' if path in own else "alpha"
         alphas[path] = validation.alpha(given, rank, name)
         if use_rslora:
-            alphas[path] *= math.sqrt(rank)
+            stretched = alphas[path] * math.sqrt(rank)
+            alphas[path] = validation.alpha(stretched, rank, name)
     return alphas
 
 

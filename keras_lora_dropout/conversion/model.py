@@ -55,7 +55,8 @@ class SamplingSettings:
     mask_sampling: str = "bernoulli"
 
     def __post_init__(self):
-        validation.positive_integer("num_samples", self.num_samples)
+        count = validation.num_samples(self.num_samples)
+        validation.keep(self, num_samples=count)
         validation.word(
             "mask_sharing", self.mask_sharing, validation.MASK_SHARINGS
         )

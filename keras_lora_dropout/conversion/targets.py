@@ -11,6 +11,7 @@ from keras_lora_dropout.architectures.blocks import head_layers
 from keras_lora_dropout.architectures.direct_kernels import uncalled_layers
 from keras_lora_dropout.architectures.transformer_blocks import choose_blocks
 from keras_lora_dropout.core.keras_internals import descendants
+from keras_lora_dropout.core.validation import shown
 from keras_lora_dropout.layers.adapt import can_adapt
 from keras_lora_dropout.layers.adapt import is_known
 from keras_lora_dropout.layers.adapt import known_names
@@ -28,6 +29,8 @@ _KINDS = {
     ),
 }
 _SIZES = "units", "filters"
+# What `re` raises: for nonsense, for absurd counts, for absurd depths.
+_NO_PATTERN = re.error, OverflowError, RecursionError
 
 
 def layer_paths(model):
@@ -88,11 +91,11 @@ def select_targets(model, target_layers, exclude_layers=None, blocks="all"):
         excluded = dict(_match("exclude_layers", exclude_layers, known))
         chosen = [(p, lyr) for p, lyr in chosen if p not in excluded]
     if not chosen:
-        received = f"target_layers={target_layers!r}"
+        received = f"target_layers={shown(target_layers)}"
         if exclude_layers is not None:
-            received += f", exclude_layers={exclude_layers!r}"
+            received += f", exclude_layers={shown(exclude_layers)}"
         if not takes_all:
-            received += f", blocks={blocks!r}"
+            received += f", blocks={shown(blocks)}"
         raise ValueError(
             "`enable_lora_dropout` found no layer to adapt in model "
             f'"{model.name}". Received: {received}. '
@@ -135,8 +138,8 @@ def select_trainable(model, trainable_layers):
     if not chosen:
         raise ValueError(
             f'`trainable_layers` matches no layer of model "{model.name}". '
-            f"Received: trainable_layers={trainable_layers!r}. Its layers are "
-            f"named {_quoted_names(weighted)}."
+            f"Received: trainable_layers={shown(trainable_layers)}. Its layers "
+            f"are named {_quoted_names(weighted)}."
             ' Pass some of these, or "head", or None.'
         )
     return [layer for _, layer in chosen]
@@ -164,7 +167,8 @@ def values_by_pattern(argument, patterns, paths):
         raise TypeError(
             f"`{argument}` must be None or a dictionary from layer names, path "
             "endings or regular expressions to values, e.g. "
-            f'{argument}={{"query": 4}}. Received: {argument}={patterns!r}.'
+            f'{argument}={{"query": 4}}. Received: '
+            f"{argument}={shown(patterns)}."
         )
     found = {}
     for key, value in patterns.items():
@@ -172,9 +176,9 @@ def values_by_pattern(argument, patterns, paths):
         if not matches:
             raise ValueError(
                 f"`{argument}` has a key that matches no adapted layer: "
-                f"{key!r}. A key is a layer's name, the end of its path, or a "
-                "regular expression for one of these. Received: "
-                f"{argument}={patterns!r}. The adapted layers are "
+                f"{shown(key)}. A key is a layer's name, the end of its path, "
+                "or a regular expression for one of these. Received: "
+                f"{argument}={shown(patterns)}. The adapted layers are "
                 f"{_quoted(paths)}."
             )
         for path in matches:
@@ -185,10 +189,10 @@ def values_by_pattern(argument, patterns, paths):
 def _ending(argument, key):
     try:
         return re.compile(rf"(?:^|/)(?:{key})$")
-    except re.error as error:
+    except _NO_PATTERN as error:
         raise ValueError(
             f"`{argument}` has a key that is no valid regular expression: "
-            f"{key!r} ({error})."
+            f"{shown(key)} ({error})."
         ) from error
 
 
@@ -220,11 +224,11 @@ def _match(argument, selector, paths):
     if isinstance(selector, str):
         try:
             pattern = re.compile(selector)
-        except re.error as error:
+        except _NO_PATTERN as error:
             raise ValueError(
                 f"`{argument}` is a string and so a regular expression on the "
                 f"layer path, but it is not a valid one: {error}. "
-                f"Received: {argument}={selector!r}."
+                f"Received: {argument}={shown(selector)}."
             ) from error
         return [(p, lyr) for p, lyr in paths.items() if pattern.search(p)]
     names = _list_of_names(argument, selector)
@@ -235,9 +239,10 @@ def _match(argument, selector, paths):
     ]
     if unmatched:
         raise ValueError(
-            f"`{argument}` names layers that are not there: {unmatched}. "
-            f"Received: {argument}={selector!r}. Layers that can be named "
-            f"here: {_quoted_names(paths)}."
+            f"`{argument}` names layers that are not there: "
+            f"{shown(unmatched)}. Received: "
+            f"{argument}={shown(selector)}. Layers that can be named here: "
+            f"{_quoted_names(paths)}."
         )
     return [
         (p, lyr)
@@ -252,7 +257,7 @@ def _list_of_names(argument, selector):
         raise TypeError(
             f"`{argument}` must be a word, a regular expression on the layer "
             "path, a list of layer names or a callable `(path, layer) -> "
-            f"bool`. Received: {argument}={selector!r} (of type "
+            f"bool`. Received: {argument}={shown(selector)} (of type "
             f"{type(selector).__name__})."
         )
     return list(selector)

@@ -92,23 +92,31 @@ class RankBudget:
     orthogonal_form: str = "squared_norms"
 
     def __post_init__(self):
-        validation.integer("target_rank", self.target_rank, at_least=0)
-        if self.initial_rank is not None:
-            validation.positive_integer("initial_rank", self.initial_rank)
-            check_target(self.target_rank, self.initial_rank)
-        _check_steps("warmup_steps", self.warmup_steps, at_least=0)
-        _check_steps("final_steps", self.final_steps, at_least=0)
-        _check_steps("mask_interval", self.mask_interval, at_least=1)
+        checked = {
+            "target_rank": validation.integer(
+                "target_rank", self.target_rank, at_least=0
+            ),
+            "orthogonal_penalty": validation.number(
+                "orthogonal_penalty", self.orthogonal_penalty, "0 or more"
+            ),
+        }
+        for name in ("initial_rank", "total_steps"):
+            value = getattr(self, name)
+            if value is not None:
+                checked[name] = validation.positive_integer(name, value)
+        for name in ("warmup_steps", "final_steps", "mask_interval"):
+            at_least = int(name == "mask_interval")
+            checked[name] = _steps(name, getattr(self, name), at_least)
         for name in ("beta_1", "beta_2"):
-            validation.number(name, getattr(self, name), "in (0, 1)", 0, 1)
-        validation.number(
-            "orthogonal_penalty", self.orthogonal_penalty, "0 or more"
-        )
+            value = getattr(self, name)
+            checked[name] = validation.number(name, value, "in (0, 1)", 0, 1)
         validation.word(
             "orthogonal_form", self.orthogonal_form, ORTHOGONAL_FORMS
         )
+        validation.keep(self, **checked)
+        if self.initial_rank is not None:
+            check_target(self.target_rank, self.initial_rank)
         if self.total_steps is not None:
-            validation.positive_integer("total_steps", self.total_steps)
             self.phases(self.total_steps)
 
     def get_config(self):
@@ -129,6 +137,7 @@ class RankBudget:
         Raises:
             ValueError: If no step is left between the first and last phase.
         """
+        total_steps = validation.positive_integer("total_steps", total_steps)
         warmup, final, interval = (
             round(steps * total_steps) if isinstance(steps, float) else steps
             for steps in (
@@ -155,7 +164,21 @@ class RankBudget:
         Args:
             total_steps: Positive integer. Optimizer steps of the run.
             ranks: Sequence of integers. Initial rank of each adapted layer.
+
+        Raises:
+            TypeError: If `ranks` is no sequence.
+            ValueError: If an argument is out of range, or if no step is left
+                between the first and last phase.
         """
+        total_steps = validation.positive_integer("total_steps", total_steps)
+        ranks = [
+            validation.integer(f"ranks[{index}]", rank, at_least=0)
+            for index, rank in enumerate(
+                validation.as_list("ranks", ranks, "integers")
+            )
+        ]
+        if ranks:
+            check_target(self.target_rank, sum(ranks) / len(ranks))
         return RankSchedule(
             *self.phases(total_steps),
             total_steps=total_steps,
@@ -244,16 +267,17 @@ def check_target(target_rank, initial_rank):
         )
 
 
-def _check_steps(name, value, at_least):
-    if isinstance(value, float):
-        if not (0 <= value < 1) or (at_least and value == 0):
-            raise ValueError(
-                f"`{name}` as a float is a fraction of the run, less than 1. "
-                f"Received: {name}={value}. Pass a number of steps as an "
-                f"integer, or a fraction such as {name}=0.1."
-            )
-    else:
-        validation.integer(name, value, at_least)
+def _steps(name, value, at_least):
+    """Return steps as `int`, or a fraction of the run as `float`."""
+    if not isinstance(value, (float, np.floating)):
+        return validation.integer(name, value, at_least)
+    if not (0 <= value < 1) or (at_least and value == 0):
+        raise ValueError(
+            f"`{name}` as a float is a fraction of the run, less than 1. "
+            f"Received: {name}={value}. Pass a number of steps as an "
+            f"integer, or a fraction such as {name}=0.1."
+        )
+    return float(value)
 
 
 def _given(name, given, steps):

@@ -3,44 +3,84 @@
 import math
 import numbers
 
+import numpy as np
+
 SAMPLINGS = ("parallel", "sequential")
 MASK_SHARINGS = ("batch", "example")
 MASK_SAMPLINGS = ("bernoulli", "balanced")
 AVERAGES = ("output", "probability")
 MAX_SEED = 2**31 - 1
+MAX_INTEGER = 2**31 - 1  # Sizes and steps are int32 on every backend.
+# More instances than anyone needs; their masks alone would fill a memory.
+MAX_SAMPLES = 100_000
+# `alpha / (1 - dropout_rate)**2` is finite in float32, whatever the rate.
+_ALPHAS = 1e-20, 1e20
+ALMOST_ONE = 1 - 2**-24
 
 
-def positive_integer(name, value):
+def shown(value):
+    """Return how a message shows a value: its `repr`, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # An integer of more digits than Python prints.
+        text = f"<a {type(value).__name__} of too many digits>"
+    return text if len(text) <= 400 else f"{text[:397]}..."
+
+
+def positive_integer(name, value, at_most=MAX_INTEGER):
     """Return `value` as `int`; raise `ValueError` unless it is 1 or more."""
-    return integer(name, value, at_least=1)
+    return integer(name, value, 1, at_most)
 
 
-def integer(name, value, at_least):
-    """Return `value` as `int`; raise unless it is `at_least` or more."""
+def integer(name, value, at_least, at_most=MAX_INTEGER):
+    """Return `value` as `int`; raise `ValueError` unless it is in range.
+
+    Args:
+        name: String. Name of the argument.
+        value: The argument.
+        at_least: 0 or 1.
+        at_most: Integer.
+    """
     is_integer = isinstance(value, numbers.Integral)
-    if isinstance(value, bool) or not is_integer or value < at_least:
-        kind = "a positive integer" if at_least else "an integer, 0 or more"
-        raise ValueError(
-            f"`{name}` must be {kind}, e.g. {name}=8. "
-            f"Received: {name}={value!r} (of type {type(value).__name__})."
-        )
-    return int(value)
+    is_integer = is_integer and not isinstance(value, bool)
+    if is_integer and at_least <= value <= at_most:
+        return int(value)
+    kind = "a positive integer" if at_least else "an integer, 0 or more"
+    if is_integer and value > at_most:
+        kind = f"an integer, at most {at_most:,}"
+    raise ValueError(
+        f"`{name}` must be {kind}, e.g. {name}=8. Received: "
+        f"{name}={shown(value)} (of type {type(value).__name__})."
+    )
+
+
+def num_samples(value, name="num_samples", at_least=1):
+    """Return a number of mask instances as `int`; raise if out of range."""
+    return integer(name, value, at_least, MAX_SAMPLES)
+
+
+def batch_size(value):
+    """Return an `int` or `None`; raise `ValueError` if it is neither."""
+    return None if value is None else positive_integer("batch_size", value)
 
 
 def dropout_rate(value):
     """Return the rate as `float`; raise unless it lies in `[0, 1)`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    rate = real(value)
+    if rate is None:
         raise ValueError(
             "`dropout_rate` must be a number in [0, 1), the chance that a mask "
-            f"entry is zero. Received: dropout_rate={value!r} "
+            f"entry is zero. Received: dropout_rate={shown(value)} "
             f"(of type {type(value).__name__})."
         )
-    if not 0.0 <= value < 1.0:
+    # Masks are drawn in float32, where a rate just below 1 is 1.
+    if not 0.0 <= rate < ALMOST_ONE:
         raise ValueError(
             "`dropout_rate` must lie in [0, 1), the chance that a mask entry "
-            f"is zero; 0 is plain LoRA. Received: dropout_rate={value}."
+            "is zero; 0 is plain LoRA, and float32 takes more than "
+            f"{ALMOST_ONE} for 1. Received: dropout_rate={shown(value)}."
         )
-    return float(value)
+    return rate
 
 
 def number(name, value, allowed, low=None, high=math.inf):
@@ -53,13 +93,14 @@ def number(name, value, allowed, low=None, high=math.inf):
         low: The value must be more; with `None`, 0 or more.
         high: The value must be less.
     """
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if is_real and low is None and 0 <= value < high:
-        return float(value)
-    if is_real and low is not None and low < value < high:
-        return float(value)
+    found = real(value)
+    if found is not None and low is None and 0 <= found < high:
+        return found
+    if found is not None and low is not None and low < found < high:
+        return found
     raise ValueError(
-        f"`{name}` must be a number, {allowed}. Received: {name}={value!r}."
+        f"`{name}` must be a number, {allowed}. Received: "
+        f"{name}={shown(value)} (of type {type(value).__name__})."
     )
 
 
@@ -67,20 +108,75 @@ def alpha(value, rank, name="alpha"):
     """Return the strength as `float`; `None` means `rank` (scaling 1)."""
     if value is None:
         return float(rank)
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_real or not math.isfinite(value) or value <= 0:
+    found, (low, high) = real(value), _ALPHAS
+    if found is None or not low <= found <= high:
         raise ValueError(
-            f"`{name}` must be a positive finite number, or None for alpha = "
-            f"rank (scaling 1). Received: {name}={value!r}."
+            f"`{name}` must be a positive finite number, from {low:g} to "
+            f"{high:g}, or None for alpha = rank (scaling 1). Received: "
+            f"{name}={shown(value)} (of type {type(value).__name__})."
         )
-    return float(value)
+    return found
+
+
+def real(value):
+    """The value as `float`; `None` unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # An integer or a fraction beyond all floats.
+        return math.inf if value > 0 else -math.inf
+
+
+def as_list(name, values, of="strings"):
+    """Return a list of what is iterable; raise `TypeError` if it is not.
+
+    Args:
+        name: String. Name of the argument.
+        values: The argument. A string is no list of strings.
+        of: String. What the list is to hold, for the message.
+    """
+    try:
+        if not isinstance(values, (str, bytes)):
+            return list(values)
+    except TypeError:
+        pass
+    advice = " Put it in a list." if isinstance(values, str) else ""
+    raise TypeError(
+        f"`{name}` must be a list of {of}. Received: {name}={shown(values)} "
+        f"(of type {type(values).__name__}).{advice}"
+    )
+
+
+def numbers_of(values, booleans=False):
+    """Return numbers as a float64 array; `None` if they are none.
+
+    Args:
+        values: Number, array, or nested lists of numbers. Texts of numbers
+            are none.
+        booleans: Boolean. Whether booleans count as 0 and 1.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):  # Lists of different lengths.
+        return None
+    kinds = "iufb" if booleans else "iuf"
+    if array.dtype.kind not in kinds and array.size:
+        return None
+    return array.astype("float64")
+
+
+def keep(settings, **checked):
+    """Put checked values into a frozen dataclass, as plain numbers."""
+    for name, value in checked.items():
+        object.__setattr__(settings, name, value)
 
 
 def boolean(name, value):
     """Return `value`; raise `TypeError` unless it is a `bool`."""
     if not isinstance(value, bool):
         raise TypeError(
-            f"`{name}` must be True or False. Received: {name}={value!r} "
+            f"`{name}` must be True or False. Received: {name}={shown(value)} "
             f"(of type {type(value).__name__})."
         )
     return value
@@ -88,10 +184,10 @@ def boolean(name, value):
 
 def word(name, value, allowed):
     """Return `value`; raise `ValueError` unless it is one of `allowed`."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         choices = " or ".join(f'"{choice}"' for choice in allowed)
         raise ValueError(
-            f"`{name}` must be {choices}. Received: {name}={value!r}."
+            f"`{name}` must be {choices}. Received: {name}={shown(value)}."
         )
     return value
 
@@ -104,11 +200,12 @@ def seed(value):
     if isinstance(value, bool) or not is_integer:
         raise TypeError(
             "`seed` must be an integer, or None for a random one. "
-            f"Received: seed={value!r} (of type {type(value).__name__})."
+            f"Received: seed={shown(value)} (of type {type(value).__name__})."
         )
     if not 0 <= value <= MAX_SEED:
         raise ValueError(
-            f"`seed` must lie between 0 and {MAX_SEED}. Received: seed={value}."
+            f"`seed` must lie between 0 and {MAX_SEED}. Received: "
+            f"seed={shown(value)}."
         )
     return int(value)
 

@@ -16,8 +16,14 @@ from keras_lora_dropout.core.mixed_classes import LayerMixin
 from keras_lora_dropout.core.mixed_classes import mix_in
 
 
-def _check_rate(value):
-    validation.number("rate", value, "at least 0 and below 1", high=1)
+def _keep_rate(settings):
+    rate = validation.number(
+        "rate",
+        settings.rate,
+        "at least 0 and below 1, also in float32",
+        high=validation.ALMOST_ONE,
+    )
+    validation.keep(settings, rate=rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +34,7 @@ class AttentionDropout:
     pattern: str = "column"
 
     def __post_init__(self):
-        _check_rate(self.rate)
+        _keep_rate(self)
         validation.word("pattern", self.pattern, structured_dropout.PATTERNS)
 
     def weights(self, scores, valid, draws):
@@ -111,7 +117,7 @@ class HiddenCut:
     rescale: bool = True
 
     def __post_init__(self):
-        _check_rate(self.rate)
+        _keep_rate(self)
         validation.word("pattern", self.pattern, structured_dropout.PATTERNS)
         validation.boolean("rescale", self.rescale)
 

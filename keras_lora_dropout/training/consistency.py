@@ -57,7 +57,8 @@ class Consistency:
     compares: str = "auto"
 
     def __post_init__(self):
-        validation.number("weight", self.weight, "above 0", low=0)
+        weight = validation.number("weight", self.weight, "above 0", low=0)
+        validation.keep(self, weight=weight)
         validation.word("kind", self.kind, KINDS)
         validation.word("compares", self.compares, COMPARED)
 
