@@ -90,20 +90,26 @@ class GeneralizationBound:
     failure_probability: float = 0.05
 
     def __post_init__(self):
-        validation.positive_integer("num_examples", self.num_examples)
+        count = validation.positive_integer(
+            "num_examples", self.num_examples, at_most=2**53
+        )
+        checked = {"num_examples": count}
         for name in ("lipschitz", "loss_range"):
-            value = getattr(self, name)
-            validation.number(name, value, "finite and above 0", low=0)
+            checked[name] = validation.number(
+                name, getattr(self, name), "finite and above 0", low=0
+            )
         for name in ("smallest_eigenvalue", "regularization"):
-            value = getattr(self, name)
-            validation.number(name, value, "finite, 0 or more")
-        validation.number(
+            checked[name] = validation.number(
+                name, getattr(self, name), "finite, 0 or more"
+            )
+        checked["failure_probability"] = validation.number(
             "failure_probability",
             self.failure_probability,
             "between 0 and 1",
             low=0,
             high=1,
         )
+        validation.keep(self, **checked)
 
     def stability(self, dropout_rate):
         """Bound of the pointwise hypothesis stability, [L] Eq. 13.
@@ -120,9 +126,11 @@ class GeneralizationBound:
         """
         zeros = np.asarray(sparsity(dropout_rate))
         curvature = self.smallest_eigenvalue + 2 * self.regularization * zeros
-        with np.errstate(divide="ignore", over="ignore"):
-            bound = 2 * self.lipschitz**2 / (curvature * self.num_examples)
-        return _plain(bound)
+        # In this order, nothing overflows that the bound itself does not.
+        with np.errstate(divide="ignore", over="ignore", under="ignore"):
+            flatness = np.divide(self.lipschitz, curvature)
+            bound = flatness * (2 * self.lipschitz / self.num_examples)
+        return _plain(np.where(curvature > 0, bound, np.inf))
 
     def gap(self, dropout_rate):
         """Bound of expected loss minus training loss, [L] Eq. 15.
@@ -136,9 +144,10 @@ class GeneralizationBound:
         n, c = self.num_examples, self.loss_range
         stability = np.asarray(self.stability(dropout_rate))
         # [L] Eq. 14, with the bound of Eq. 13 in it.
-        with np.errstate(over="ignore"):
-            spread = c**2 + 12 * c * n * stability
-        return _plain(np.sqrt(spread / (2 * n * self.failure_probability)))
+        with np.errstate(over="ignore", under="ignore", divide="ignore"):
+            spread = np.square(c) + 12 * c * n * stability
+            chance = 2 * n * self.failure_probability
+            return _plain(np.sqrt(spread / chance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,14 +237,20 @@ def ensemble_gain(
             "with, and there is none. Call `model.compile(optimizer, loss)` "
             "first."
         )
-    samples = model.ensemble_predict(
-        x,
-        batch_size=batch_size,
-        num_samples=num_samples,
-        seed=seed,
-        return_samples=True,
-        verbose=verbose,
-    )
+    with model._seed_kept():
+        samples = model.ensemble_predict(
+            x,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            seed=seed,
+            return_samples=True,
+            verbose=verbose,
+        )
+        return _gain_of(model, samples, y, sample_weight)
+
+
+def _gain_of(model, samples, y, sample_weight):
+    """The losses of the outputs of all instances, and of their mean."""
     leaves = keras.tree.flatten(samples)
     examples = {len(leaf) for leaf in keras.tree.flatten(y)}
     if examples != {leaves[0].shape[1]}:
@@ -244,6 +259,7 @@ def ensemble_gain(
             f"{' and '.join(map(str, sorted(examples)))} labels for "
             f"{leaves[0].shape[1]} examples in x."
         )
+    labels = keras.tree.map_structure(ops.convert_to_tensor, y)
 
     def loss(outputs):
         outputs = keras.tree.map_structure(ops.convert_to_tensor, outputs)
@@ -252,7 +268,6 @@ def ensemble_gain(
         )
         return float(ops.convert_to_numpy(value))
 
-    labels = keras.tree.map_structure(ops.convert_to_tensor, y)
     return EnsembleGain(
         loss(keras.tree.map_structure(lambda leaf: leaf.mean(0), samples)),
         tuple(
@@ -263,11 +278,13 @@ def ensemble_gain(
 
 
 def _rates(dropout_rate):
-    rate = np.asarray(dropout_rate, dtype="float64")
-    if not ((rate >= 0) & (rate <= 1)).all():
+    rate = validation.numbers_of(dropout_rate)
+    if rate is None or not ((rate >= 0) & (rate <= 1)).all():
         raise ValueError(
-            "`dropout_rate` must lie in [0, 1]. Received: "
-            f"dropout_rate={dropout_rate!r}."
+            "`dropout_rate` must lie in [0, 1], a number or an array of "
+            "numbers. Received: dropout_rate="
+            f"{validation.shown(dropout_rate)} (of type "
+            f"{type(dropout_rate).__name__})."
         )
     return rate
 

@@ -80,6 +80,7 @@ class EnsembleMethods:
                 the model has no transformer dropout to include.
         """
         validation.not_empty("x", x)
+        batch_size = validation.batch_size(batch_size)
         validation.boolean("return_samples", return_samples)
         request = self._ensemble_request(
             num_samples, average, return_samples, include_transformer_dropout
@@ -131,6 +132,7 @@ class EnsembleMethods:
             ValueError: As `ensemble_predict`.
         """
         validation.not_empty("x", x)
+        batch_size = validation.batch_size(batch_size)
         request = self._ensemble_request(
             num_samples, average, drops=include_transformer_dropout
         )
@@ -156,7 +158,7 @@ class EnsembleMethods:
         if validation.boolean("include_transformer_dropout", drops):
             self._check_has_transformer_dropout("include_transformer_dropout")
         return EnsembleRequest(
-            num_samples=validation.positive_integer("num_samples", num_samples),
+            num_samples=validation.num_samples(num_samples),
             return_samples=return_samples,
             drops=drops,
             links=output_links(self) if average == "probability" else None,
@@ -169,11 +171,31 @@ class EnsembleMethods:
             seed = self._ensemble_state.random.randrange(validation.MAX_SEED)
         self.ensemble_seed_generator.set(seed)
 
+    @contextlib.contextmanager
+    def _seeded(self, seed):
+        """Set the seed of the instances; after an error it is what it was."""
+        with self._seed_kept():
+            self._set_ensemble_seed(seed)
+            yield
+
+    @contextlib.contextmanager
+    def _seed_kept(self):
+        """Restore the seed of the instances after an error inside."""
+        generator = self.ensemble_seed_generator
+        state = keras.ops.convert_to_numpy(generator.state).copy()
+        stream = self._ensemble_state.random.getstate()
+        try:
+            yield
+        except BaseException:
+            generator.state.assign(state)
+            self._ensemble_state.random.setstate(stream)
+            raise
+
     def _instances(self, num_samples, seed):
         """Return the `Draws` of the instances of `ensemble_predict`."""
         if num_samples is None:
             num_samples = self.lora_dropout.num_samples
-        count = validation.positive_integer("num_samples", num_samples)
+        count = validation.num_samples(num_samples)
         plan = self.mask_plan
         self._set_ensemble_seed(seed)
         return masks.Draws(plan, ensemble_draws(self, count))
@@ -181,8 +203,8 @@ class EnsembleMethods:
     @contextlib.contextmanager
     def _as_ensemble(self, request, seed):
         """Let `predict` and `evaluate` compute the ensemble's outputs."""
-        self._set_ensemble_seed(seed)
-        with self._functions_of((request, self._adapters_disabled)):
+        key = request, self._adapters_disabled
+        with self._seeded(seed), self._functions_of(key):
             self._request = request
             try:
                 yield

@@ -95,11 +95,10 @@ class Generation:
         request = self._generation_request(
             num_samples, average, return_uncertainty
         )
-        self._set_ensemble_seed(seed)
         if isinstance(inputs, dict):
             inputs = dict(inputs)  # `generate` makes lists of its strings.
         batches = []
-        with self._generating(request, batches):
+        with self._seeded(seed), self._generating(request, batches):
             # The `generate` of some models, such as Phi-3, lacks the last one.
             more = {"strip_prompt": True} if strip_prompt else {}
             outputs = self.generate(inputs, max_length, stop_token_ids, **more)
@@ -111,7 +110,7 @@ class Generation:
         if num_samples is None:
             num_samples = self.lora_dropout.num_samples
         return GenerationRequest(
-            validation.positive_integer("num_samples", num_samples),
+            validation.num_samples(num_samples),
             validation.word("average", average, validation.AVERAGES),
             validation.boolean("return_uncertainty", return_uncertainty),
         )
