@@ -1,9 +1,13 @@
 """Metrics of calibration, and of probabilities."""
 
+import re
+
 import keras
 from keras import ops
 
 from keras_lora_dropout.core import validation
+
+_MAX_BINS = 100_000  # Each example takes as many numbers of memory.
 
 
 @keras.saving.register_keras_serializable(package="keras_lora_dropout")
@@ -57,7 +61,9 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         dtype=None,
     ):
         super().__init__(name=name, dtype=dtype)
-        self.num_bins = validation.positive_integer("num_bins", num_bins)
+        self.num_bins = validation.positive_integer(
+            "num_bins", num_bins, at_most=_MAX_BINS
+        )
         self.from_logits = validation.boolean("from_logits", from_logits)
         self.weight, self.confidence, self.correct = (
             self.add_weight(shape=(self.num_bins,), initializer="zeros", name=n)
@@ -65,10 +71,11 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         )
 
     def update_state(self, y_true, y_pred, sample_weight=None):
+        metric = "ExpectedCalibrationError"
         labels, probabilities = _classified(
-            "ExpectedCalibrationError",
-            ops.convert_to_tensor(y_true),
-            ops.cast(y_pred, self.dtype),
+            metric,
+            _tensor(metric, "y_true", y_true),
+            ops.cast(_tensor(metric, "y_pred", y_pred), self.dtype),
             self.from_logits,
         )
         confidence = ops.max(probabilities, axis=-1)
@@ -76,12 +83,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         correct = ops.cast(ops.equal(labels, predicted), self.dtype)
         weight = ops.ones_like(confidence)
         if sample_weight is not None:
-            given = ops.cast(sample_weight, self.dtype)
-            if len(given.shape) == len(weight.shape) + 1:
-                given = ops.squeeze(given, -1)
-            while len(given.shape) < len(weight.shape):
-                given = ops.expand_dims(given, -1)
-            weight = weight * given
+            weight = weight * _weights(metric, sample_weight, weight)
         confidence, correct, weight = (
             ops.reshape(t, (-1,)) for t in (confidence, correct, weight)
         )
@@ -146,6 +148,15 @@ class BrierScore(keras.metrics.MeanMetricWrapper):
             _brier_scores, name=name, dtype=dtype, from_logits=from_logits
         )
 
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        metric = "BrierScore"
+        y_true = _tensor(metric, "y_true", y_true)
+        y_pred = _tensor(metric, "y_pred", y_pred)
+        if sample_weight is not None:
+            labels, _ = _classified(metric, y_true, y_pred, self.from_logits)
+            sample_weight = _weights(metric, sample_weight, labels)
+        super().update_state(y_true, y_pred, sample_weight)
+
     def get_config(self):
         return {
             "name": self.name,
@@ -155,12 +166,13 @@ class BrierScore(keras.metrics.MeanMetricWrapper):
 
 
 def _brier_scores(y_true, y_pred, from_logits):
-    y_true, y_pred = map(ops.convert_to_tensor, (y_true, y_pred))
     labels, probabilities = _classified(
         "BrierScore", y_true, y_pred, from_logits
     )
-    classes = probabilities.shape[-1]
-    truth = ops.one_hot(labels, classes, dtype=probabilities.dtype)
+    # A label that is no class is never right, on any backend.
+    classes = ops.arange(probabilities.shape[-1], dtype="int32")
+    truth = ops.equal(ops.expand_dims(labels, -1), classes)
+    truth = ops.cast(truth, probabilities.dtype)
     return ops.sum(ops.square(probabilities - truth), axis=-1)
 
 
@@ -171,27 +183,82 @@ def _classified(metric, y_true, y_pred, from_logits):
         Class indices of shape `(batch, ...)`, and probabilities of shape
         `(batch, ..., classes)`.
     """
+    if not y_true.shape or not y_pred.shape:
+        raise _misfit(metric, y_true, y_pred)
     is_binary = y_pred.shape[-1] == 1 or (
         len(y_pred.shape) == 1 and y_pred.shape == y_true.shape
     )
+    given = y_true, y_pred
     if is_binary:
         y_pred, y_true = (
             ops.squeeze(t, -1) if t.shape[-1] == 1 and len(t.shape) > 1 else t
             for t in (y_pred, y_true)
         )
         p = ops.sigmoid(y_pred) if from_logits else y_pred
-        return ops.cast(y_true, "int32"), ops.stack([1.0 - p, p], axis=-1)
-    if len(y_true.shape) == len(y_pred.shape):
-        if y_true.shape[-1] == y_pred.shape[-1]:
-            y_true = ops.argmax(y_true, axis=-1)
-        elif y_true.shape[-1] == 1:
-            y_true = ops.squeeze(y_true, -1)
-    if len(y_true.shape) != len(y_pred.shape) - 1:
+        labels, probabilities = y_true, ops.stack([1.0 - p, p], axis=-1)
+    else:
+        labels, probabilities = y_true, y_pred
+        if len(y_true.shape) == len(y_pred.shape):
+            if y_true.shape[-1] == y_pred.shape[-1]:
+                labels = ops.argmax(y_true, axis=-1)
+            elif y_true.shape[-1] == 1:
+                labels = ops.squeeze(y_true, -1)
+        if from_logits:
+            probabilities = ops.softmax(y_pred)
+    if not _fits(labels.shape, probabilities.shape[:-1]):
+        raise _misfit(metric, *given)
+    return ops.cast(labels, "int32"), probabilities
+
+
+def _fits(shape, other):
+    """Whether two shapes are equal, as far as they are known."""
+    return len(shape) == len(other) and all(
+        a == b or None in (a, b) for a, b in zip(shape, other, strict=True)
+    )
+
+
+def _misfit(metric, y_true, y_pred):
+    return ValueError(
+        f"`{metric}` needs class indices or one-hot labels that fit the "
+        f"predictions. Received: y_true of shape {tuple(y_true.shape)}, "
+        f"y_pred of shape {tuple(y_pred.shape)}."
+    )
+
+
+def _tensor(metric, name, value):
+    """Return numbers as a tensor; raise `ValueError` if they are none."""
+    try:
+        tensor = ops.convert_to_tensor(value)
+        kind = keras.backend.standardize_dtype(tensor.dtype)
+    except Exception as error:  # Each backend has its own.
+        kind, cause = None, error
+    else:
+        cause = None
+    if kind is None or not re.match("u?int|b?float|bool", kind):
         raise ValueError(
-            f"`{metric}` needs class indices or one-hot labels that fit the "
-            f"predictions. Received: y_true of shape {tuple(y_true.shape)}, "
-            f"y_pred of shape {tuple(y_pred.shape)}."
+            f"`{name}` of `{metric}` must be an array of numbers. Received: "
+            f"{name}={validation.shown(value)} (of type "
+            f"{type(value).__name__})."
+        ) from cause
+    return tensor
+
+
+def _weights(metric, sample_weight, like):
+    """Return the weights of examples, checked to broadcast to a tensor."""
+    given = _tensor(metric, "sample_weight", sample_weight)
+    weights = ops.cast(given, "float32")
+    if len(weights.shape) == len(like.shape) + 1 and weights.shape[-1] == 1:
+        weights = ops.squeeze(weights, -1)
+    while len(weights.shape) < len(like.shape):
+        weights = ops.expand_dims(weights, -1)
+    expected = [
+        1 if own == 1 else size
+        for own, size in zip(weights.shape, like.shape, strict=False)
+    ]
+    if not _fits(weights.shape, expected) or len(expected) != len(like.shape):
+        raise ValueError(
+            f"`sample_weight` of `{metric}` must broadcast to the examples. "
+            f"Received: sample_weight of shape {tuple(given.shape)} for "
+            f"examples of shape {tuple(like.shape)}."
         )
-    if from_logits:
-        y_pred = ops.softmax(y_pred)
-    return ops.cast(y_true, "int32"), y_pred
+    return ops.broadcast_to(weights, ops.shape(like))
