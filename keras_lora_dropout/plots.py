@@ -63,10 +63,11 @@ def plot_reliability(
     'A (ECE 0.250)'
     """
     metric = ExpectedCalibrationError(num_bins, from_logits)
-    y_true = np.asarray(keras.ops.convert_to_numpy(y_true))
-    y_pred = np.asarray(keras.ops.convert_to_numpy(y_pred), dtype="float32")
+    _check_text("label", label)
+    y_true = _array("y_true", y_true)
+    y_pred = _array("y_pred", y_pred)
     _check_predictions(y_true, y_pred, from_logits)
-    metric.update_state(y_true, y_pred)
+    metric.update_state(y_true, y_pred.astype("float32"))
     weight, confidence, correct = (
         keras.ops.convert_to_numpy(total)
         for total in (metric.weight, metric.confidence, metric.correct)
@@ -135,6 +136,7 @@ def plot_history(histories, *, metric="val_loss", mode="auto", ax=None):
     >>> ax.get_legend().get_texts()[0].get_text()
     'A (best 1 in epoch 2)'
     """
+    _check_text("metric", metric)
     best_of = _best_of(metric, mode)
     runs = _runs(histories)
     curves = {name: _curve(name, run, metric) for name, run in runs.items()}
@@ -281,6 +283,29 @@ def _axes(ax, figsize):
     return ax
 
 
+def _array(name, values):
+    """Return an array of numbers; raise `ValueError` if they are none."""
+    if keras.ops.is_tensor(values):
+        values = keras.ops.convert_to_numpy(values)
+    array = validation.numbers_of(values, booleans=True)
+    if array is None:
+        raise ValueError(
+            f"`{name}` must be an array of numbers. Received: {name}="
+            f"{validation.shown(values)} (of type {type(values).__name__})."
+        )
+    return array
+
+
+def _check_text(name, value):
+    optional = name == "label"
+    if not isinstance(value, str) and not (optional and value is None):
+        raise TypeError(
+            f"`{name}` must be a string{' or None' if optional else ''}. "
+            f"Received: {name}={value!r} (of type "
+            f"{type(value).__name__})."
+        )
+
+
 def _with_legend(ax):
     ax.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     return ax
@@ -303,7 +328,7 @@ def _check_predictions(y_true, y_pred, from_logits):
             "`plot_reliability` needs at least one example. Received: "
             f"{shapes}."
         )
-    if not np.isfinite(y_pred).all():
+    if not (np.abs(y_pred) <= np.finfo("float32").max).all():
         raise ValueError(
             "`y_pred` must be finite. Received: y_pred with "
             f"{np.count_nonzero(~np.isfinite(y_pred))} infinite or NaN values "

@@ -11,6 +11,7 @@ import functools
 import keras_hub
 from keras import ops
 
+from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import descendants
 
 _models = keras_hub.models
@@ -64,14 +65,16 @@ def isolate_packed_examples(model):
     (1, 5, 8)
     """
     backbone = getattr(model, "backbone", model)
-    blocks = [
-        layer for layer in descendants(backbone) if hasattr(layer, _METHOD)
-    ]
-    if not isinstance(backbone, _ROTARY) or not blocks:
+    blocks = []
+    if isinstance(backbone, _ROTARY):
+        layers = descendants(backbone)
+        blocks = [layer for layer in layers if hasattr(layer, _METHOD)]
+    if not blocks:
         names = ", ".join(cls.__name__ for cls in _ROTARY)
         raise ValueError(
             f"Model {type(model).__name__} cannot keep packed examples apart: "
-            f"this is known of {names}. Use `packed=False`."
+            f"this is known of {names}. Received: model="
+            f"{validation.shown(model)}. Use `packed=False`."
         )
     for block in blocks:
         block.__class__ = _isolating(type(block))

@@ -1,10 +1,13 @@
 """Prompts and responses as arrays; the loss is on the responses alone."""
 
 import dataclasses
+import numbers
 
 import numpy as np
 
 from keras_lora_dropout.core import validation
+
+_MAX_LENGTH = 2**24  # More than any model has positions for.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ def make_response_data(
         `ResponseData`.
 
     Raises:
-        TypeError: If a prompt or response is no string.
+        TypeError: If a prompt or response is no string, or `tokenizer` none.
         ValueError: If there are none, or not as many of both, if an argument is
             out of range, or if no example has room for its response.
 
@@ -89,9 +92,13 @@ def make_response_data(
     >>> data.sample_weight.tolist()
     [[0.0, 1.0, 1.0, 0.0]]
     """
-    length = validation.positive_integer("sequence_length", sequence_length)
+    length = validation.positive_integer(
+        "sequence_length", sequence_length, at_most=_MAX_LENGTH
+    )
     validation.boolean("packed", packed)
-    prompts, responses = list(prompts), list(responses)
+    prompts = validation.as_list("prompts", prompts)
+    responses = validation.as_list("responses", responses)
+    _check_tokenizer(tokenizer)
     validation.not_empty("prompts", prompts)
     if len(prompts) != len(responses):
         raise ValueError(
@@ -114,6 +121,16 @@ def make_response_data(
         )
     rows = _packed([len(t) - 1 for t, _ in examples], length, packed)
     return _laid_out(examples, rows, length, cut, tuple(dropped), tokenizer)
+
+
+def _check_tokenizer(tokenizer):
+    end = getattr(tokenizer, "end_token_id", None)
+    if not callable(tokenizer) or not isinstance(end, numbers.Integral):
+        raise TypeError(
+            "`tokenizer` must be a KerasHub tokenizer with an `end_token_id`. "
+            f"Received: tokenizer={tokenizer!r} (of type "
+            f"{type(tokenizer).__name__})."
+        )
 
 
 def _tokens(tokenizer, prompt, response, number):

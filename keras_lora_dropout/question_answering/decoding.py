@@ -4,6 +4,9 @@ import itertools
 
 import numpy as np
 
+from keras_lora_dropout.core import validation
+from keras_lora_dropout.question_answering.windows import AnswerWindows
+
 
 def best_span(start_scores, end_scores, allowed, max_length=30):
     """Find the span of tokens with the highest score.
@@ -21,16 +24,18 @@ def best_span(start_scores, end_scores, allowed, max_length=30):
         `None` if no token is allowed.
 
     Raises:
-        ValueError: If shapes differ, or a score is NaN.
+        ValueError: If shapes differ, a score is NaN, or `max_length` is not
+            positive.
 
     Example:
 
     >>> best_span([[0, 1, 3]], [[0, 9, 4]], [[False, True, True]], max_length=2)
     (0, 1, 1, 10.0)
     """
-    start_scores, end_scores, allowed = map(
-        np.asarray, (start_scores, end_scores, allowed)
-    )
+    max_length = validation.positive_integer("max_length", max_length)
+    start_scores = _numbers("start_scores", start_scores)
+    end_scores = _numbers("end_scores", end_scores)
+    allowed = _numbers("allowed", allowed).astype(bool)
     shapes = start_scores.shape, end_scores.shape, allowed.shape
     if start_scores.ndim != 2 or len(set(shapes)) > 1:
         raise ValueError(
@@ -43,6 +48,8 @@ def best_span(start_scores, end_scores, allowed, max_length=30):
             "Scores must be numbers. Received: NaN; look for what made the "
             "model diverge."
         )
+    if not start_scores.size:
+        return None
     length = start_scores.shape[1]
     start = np.where(allowed, start_scores, -np.inf)
     end = np.where(allowed, end_scores, -np.inf)
@@ -92,7 +99,9 @@ def decode_answer(
         String, a part of the context, or `""`.
 
     Raises:
-        ValueError: As from `best_span`.
+        TypeError: If `context` is no string.
+        ValueError: As from `best_span`, and if `spans` do not fit the scores
+            or `null_threshold` is no number.
 
     Example:
 
@@ -100,7 +109,22 @@ def decode_answer(
     >>> decode_answer([[0, 1, 3]], [[0, 2, 4]], spans, "Denver Broncos")
     'Broncos'
     """
-    allowed = np.asarray(spans)[:, :, 0] >= 0
+    if not isinstance(context, str):
+        raise TypeError(
+            "`context` must be a string. Received: context="
+            f"{validation.shown(context)} (of type {type(context).__name__})."
+        )
+    if null_threshold is not None:
+        null_threshold = _threshold(null_threshold)
+    spans = _numbers("spans", spans)
+    is_place = np.abs(spans) <= validation.MAX_INTEGER
+    if spans.ndim != 3 or spans.shape[2] != 2 or not is_place.all():
+        raise ValueError(
+            "`spans` needs the shape (windows, length, 2), and places in a "
+            f"text. Received: spans of shape {spans.shape}, {spans}."
+        )
+    spans = spans.astype("int64")
+    allowed = spans[:, :, 0] >= 0
     found = best_span(start_scores, end_scores, allowed, max_length)
     if found is None:
         return ""
@@ -126,7 +150,9 @@ def decode_answers(logits, windows, *, max_length=30, null_threshold=None):
         List of strings, one for each question.
 
     Raises:
-        ValueError: If the logits are not those of the windows, or one is NaN.
+        TypeError: If `windows` are no `AnswerWindows`.
+        ValueError: If the logits are not those of the windows, or one is NaN,
+            or an argument is out of range.
 
     Example:
 
@@ -139,7 +165,12 @@ def decode_answers(logits, windows, *, max_length=30, null_threshold=None):
     >>> decode_answers([[[0, 1, 3, 0], [0, 2, 4, 0]]], windows)
     ['Broncos']
     """
-    logits = np.asarray(logits)
+    if not isinstance(windows, AnswerWindows):
+        raise TypeError(
+            "`windows` must be what `make_windows` returned. Received: windows="
+            f"{validation.shown(windows)} (of type {type(windows).__name__})."
+        )
+    logits = _numbers("logits", logits)
     count, length = windows.spans.shape[:2]
     if logits.shape != (count, 2, length):
         raise ValueError(
@@ -163,3 +194,27 @@ def decode_answers(logits, windows, *, max_length=30, null_threshold=None):
             windows.contexts, itertools.pairwise(bounds), strict=True
         )
     ]
+
+
+def _numbers(name, values):
+    """Return an array of numbers, or booleans; raise if it is none."""
+    array = validation.numbers_of(values, booleans=True)
+    if array is None:
+        raise ValueError(
+            f"`{name}` must be an array of numbers. Received: "
+            f"{name}={validation.shown(values)} (of type "
+            f"{type(values).__name__})."
+        )
+    return array
+
+
+def _threshold(value):
+    """The threshold as `float`, of either sign; raise if it is no number."""
+    found = validation.real(value)
+    if found is None or np.isnan(found):
+        raise ValueError(
+            "`null_threshold` must be a number, or None. Received: "
+            f"null_threshold={validation.shown(value)} (of type "
+            f"{type(value).__name__})."
+        )
+    return found

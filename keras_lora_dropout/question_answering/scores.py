@@ -9,6 +9,8 @@ import dataclasses
 import re
 import string
 
+from keras_lora_dropout.core import validation
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -61,7 +63,8 @@ def score_answers(predictions, accepted):
     >>> found.exact_match, found.f1
     (100.0, 100.0)
     """
-    predictions, accepted = list(predictions), list(accepted)
+    predictions = validation.as_list("predictions", predictions)
+    accepted = validation.as_list("accepted", accepted, "lists of strings")
     _check(predictions, accepted)
     exact, overlap = 0.0, 0.0
     for prediction, answers in zip(predictions, accepted, strict=True):
@@ -82,11 +85,19 @@ def normalize_answer(text):
     Returns:
         String; its words are separated by single spaces.
 
+    Raises:
+        TypeError: If `text` is no string.
+
     Example:
 
     >>> normalize_answer("The  Denver Broncos!")
     'denver broncos'
     """
+    if not isinstance(text, str):
+        raise TypeError(
+            f"`text` must be a string. Received: text={text!r} "
+            f"(of type {type(text).__name__})."
+        )
     text = text.lower().translate(_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 

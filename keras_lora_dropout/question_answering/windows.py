@@ -124,9 +124,10 @@ def make_windows(
     >>> windows.targets.tolist()
     [[5, 5]]
     """
-    questions = _as_list("questions", questions)
-    contexts = _as_list("contexts", contexts)
-    answers = None if answers is None else list(answers)
+    questions = validation.as_list("questions", questions)
+    contexts = validation.as_list("contexts", contexts)
+    if answers is not None:
+        answers = validation.as_list("answers", answers, "`(text, start)`")
     doc_stride = validation.integer("doc_stride", doc_stride, 0)
     max_question_length = validation.positive_integer(
         "max_question_length", max_question_length
@@ -270,15 +271,6 @@ def _check_space(space, length, doc_stride, max_question_length):
         f"doc_stride={doc_stride}. Make `preprocessor.sequence_length` larger, "
         "or one of the other two smaller."
     )
-
-
-def _as_list(name, texts):
-    if isinstance(texts, str):
-        raise TypeError(
-            f"`{name}` must be a list of strings. Received: the string "
-            f"{texts!r}. Put it in a list."
-        )
-    return list(texts)
 
 
 def _check_data(questions, contexts, answers):
