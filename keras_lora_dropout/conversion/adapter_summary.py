@@ -27,6 +27,7 @@ class AdapterSummary:
                 output.
 
         Raises:
+            TypeError: If `print_fn` is no function.
             ValueError: If the model is not built, or `line_length` is not
                 positive.
 
@@ -43,6 +44,12 @@ class AdapterSummary:
         """
         if line_length is not None:
             validation.positive_integer("line_length", line_length)
+        if print_fn is not None and not callable(print_fn):
+            raise TypeError(
+                "`print_fn` must be a function of a string, or None. Received: "
+                f"print_fn={validation.shown(print_fn)} (of type "
+                f"{type(print_fn).__name__})."
+            )
         self._require_built()
         console = rich.console.Console(highlight=False, markup=False)
         if line_length is None and print_fn is None and console.is_terminal:

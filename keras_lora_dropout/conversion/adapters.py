@@ -201,7 +201,7 @@ class Adapters:
         del self._inactive_adapters[name]
 
     def _check_known(self, name):
-        if name not in self.adapter_names:
+        if not isinstance(name, str) or name not in self.adapter_names:
             raise ValueError(
                 f'Model "{self.name}" has no such adapter. Received: '
                 f"name={name!r}. Its adapters are {self.adapter_names}; "

@@ -67,7 +67,9 @@ class PeftExchange:
                 have no name at Hugging Face, if the head is adapted, or if
                 other files are in the folder. Nothing is written then.
         """
-        count = validation.integer("instances", instances, at_least=0)
+        count = validation.num_samples(instances, "instances", at_least=0)
+        validation.seed(seed)
+        _check_name_or_path(base_model_name_or_path)
         twin = HuggingFaceTwin(self)
         saved = _saved_weights(self, twin)
         settings = {
@@ -76,6 +78,8 @@ class PeftExchange:
             "modules_to_save": sorted(set(map(twin.module_to_save, saved)))
             or None,
         }
+        directory = pathlib.Path(directory)
+        outdated = earlier_exports(directory, _INSTANCE)
         layers = [(twin.modules[p], lyr) for p, lyr in self.adapted_layers]
         kept = _kept_triplets(self)
         mean = {
@@ -94,8 +98,6 @@ class PeftExchange:
                     name: _instance(lyr, kept.get(id(lyr)), draws, n)
                     for name, lyr in layers
                 }
-        directory = pathlib.Path(directory)
-        outdated = earlier_exports(directory, _INSTANCE)
         for folder, modules in folders.items():
             adapter = PeftAdapter(modules, saved, settings)
             write_peft(directory / folder, adapter)
@@ -125,6 +127,15 @@ class PeftExchange:
         plan = ImportPlan(self, directory)
         plan.compare_adapted()
         plan.apply()
+
+
+def _check_name_or_path(value):
+    if value is not None and not isinstance(value, str):
+        raise TypeError(
+            "`base_model_name_or_path` must be a string or None. Received: "
+            f"base_model_name_or_path={validation.shown(value)} (of type "
+            f"{type(value).__name__})."
+        )
 
 
 def _saved_weights(model, twin):

@@ -1,5 +1,7 @@
 """`unmerge_adapters`: back from the plain model to the adapted one."""
 
+import keras
+
 from keras_lora_dropout.conversion.converted_model import attach
 from keras_lora_dropout.conversion.merging import merged_models
 from keras_lora_dropout.conversion.targets import layer_paths
@@ -36,7 +38,8 @@ def unmerge_adapters(model):
     >>> [path for path, _ in unmerge_adapters(merged).adapted_layers]
     ['hidden']
     """
-    undo = merged_models.pop(model, None)
+    is_model = isinstance(model, keras.Model)
+    undo = merged_models.pop(model, None) if is_model else None
     if undo is None:
         raise ValueError(
             "`unmerge_adapters` needs a model that `merge_adapters` returned "
