@@ -27,7 +27,7 @@ class ExpectedCalibrationError(keras.metrics.Metric):
     used in [Lin et al., 2024](https://arxiv.org/abs/2404.09610), Table 4.
 
     Args:
-        num_bins: Positive integer. Defaults to 15.
+        num_bins: Positive integer, at most 100,000. Defaults to 15.
         from_logits: Boolean. Whether predictions are logits. Defaults to
             `False`: probabilities.
         name: String. Name of the metric.
@@ -42,8 +42,8 @@ class ExpectedCalibrationError(keras.metrics.Metric):
         sample_weight: `None`, or weights that broadcast to `(batch, ...)`.
 
     Raises:
-        ValueError: If `num_bins` is no positive integer, or the shapes of
-            labels and predictions do not fit.
+        ValueError: If `num_bins` is out of range, or if labels, predictions
+            or weights are no numbers or their shapes do not fit.
 
     Example:
 
@@ -132,7 +132,8 @@ class BrierScore(keras.metrics.MeanMetricWrapper):
     Call arguments: as of `ExpectedCalibrationError`.
 
     Raises:
-        ValueError: If the shapes of labels and predictions do not fit.
+        ValueError: If labels, predictions or weights are no numbers, or their
+            shapes do not fit.
 
     Example:
 

@@ -74,12 +74,12 @@ def enable_lora_dropout(
             functional, sequential or subclassed model.
         rank: Positive integer, at most the smaller side of each kernel.
             Defaults to 8.
-        alpha: Positive number or `None`. Strength; `None` means `rank`, so
-            that `scaling = alpha / rank` is 1.
+        alpha: Positive number, from 1e-20 to 1e20, or `None`. Strength; `None`
+            means `rank`, so that `scaling = alpha / rank` is 1.
         dropout_rate: Number in `[0, 1)`. Chance that a mask entry is zero; 0
             is plain LoRA. Defaults to 0.5.
-        num_samples: Positive integer. Mask instances N, in training and in
-            ensembles. Defaults to 4.
+        num_samples: Positive integer, at most 100,000. Mask instances N, in
+            training and in ensembles. Defaults to 4.
         rank_budget: `RankBudget` or `None`. A budget selects AdaLoRA: adapters
             `P Lambda Q` that start with `initial_rank` (or `rank`) triplets
             each and are pruned to `target_rank` on average while `fit` runs.

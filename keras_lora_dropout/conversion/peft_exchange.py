@@ -63,6 +63,7 @@ class PeftExchange:
                 that the adapters belong to; noted in the configuration.
 
         Raises:
+            TypeError: If an argument has another type.
             ValueError: If the architecture is not known, if weights train that
                 have no name at Hugging Face, if the head is adapted, or if
                 other files are in the folder. Nothing is written then.

@@ -192,7 +192,7 @@ def _ending(argument, key):
     except _NO_PATTERN as error:
         raise ValueError(
             f"`{argument}` has a key that is no valid regular expression: "
-            f"{shown(key)} ({error})."
+            f"{error}. Received: {shown(key)}."
         ) from error
 
 
