@@ -20,8 +20,8 @@ from keras_lora_dropout.conversion import adapter_state
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.core.keras_internals import descendants
 
-# Some 5,000 cases in all; in `make test-all` 100,000, of which about 85,000 need
-# no model, and 15,000 a model or files.
+# Some 5,000 cases in all; in `make test-all` 100,000, of which about 85,000
+# need no model, and 15,000 a model or files.
 ALL = bool(os.environ.get("ALL_MODELS"))
 OF_MODELS, OF_NONE = (6, 32) if ALL else (1, 1)
 

@@ -3,7 +3,8 @@
 import inspect
 
 import fuzzed_calls
-import fuzzed_models
+import fuzzed_methods
+import fuzzed_texts
 import fuzzing
 import keras
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 import keras_lora_dropout as kld
 from keras_lora_dropout.core import validation
 
-CALLS = {**fuzzed_calls.CALLS, **fuzzed_models.CALLS}
+OF_NONE = {**fuzzed_calls.CALLS, **fuzzed_texts.CALLS}
+CALLS = {**OF_NONE, **fuzzed_methods.CALLS}
 # What only holds results, so that nobody gives it arguments of their own.
 RESULTS = {"AnswerScores", "AnswerWindows", "EnsembleGain", "ResponseData"}
 pytestmark = [
@@ -33,8 +35,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_a_call_works_or_says_what_was_received(name):
     call = CALLS[name]
     driver = fuzzing.Driver(call)
-    needs_none = name in fuzzed_calls.CALLS
-    factor = fuzzing.OF_NONE if needs_none else fuzzing.OF_MODELS
+    factor = fuzzing.OF_NONE if name in OF_NONE else fuzzing.OF_MODELS
 
     @fuzzing.cases(call.count, factor)
     @given(st.data())

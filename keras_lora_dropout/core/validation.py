@@ -141,11 +141,10 @@ def as_list(name, values, of="strings"):
             return list(values)
     except TypeError:
         pass
-    advice = " Put it in a list." if isinstance(values, str) else ""
-    raise TypeError(
-        f"`{name}` must be a list of {of}. Received: {name}={shown(values)} "
-        f"(of type {type(values).__name__}).{advice}"
-    )
+    received = f"{name}={shown(values)} (of type {type(values).__name__})."
+    if isinstance(values, str):
+        received = f"the string {shown(values)}. Put it in a list."
+    raise TypeError(f"`{name}` must be a list of {of}. Received: {received}")
 
 
 def numbers_of(values, booleans=False):
