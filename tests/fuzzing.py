@@ -12,6 +12,8 @@ import os
 
 import keras
 import numpy as np
+import pytest
+from helpers import BACKEND
 from hypothesis import HealthCheck
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -20,10 +22,16 @@ from keras_lora_dropout.conversion import adapter_state
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.core.keras_internals import descendants
 
-# Some 5,000 cases in all; in `make test-all` 100,000, of which about 85,000
-# need no model, and 15,000 a model or files.
+# Some 5,000 cases in all; in `make test-all` 100,000 on torch, of which about
+# 85,000 need no model, and 15,000 a model or files.
 ALL = bool(os.environ.get("ALL_MODELS"))
-OF_MODELS, OF_NONE = (6, 32) if ALL else (1, 1)
+OF_MODELS, OF_NONE = (6, 32) if ALL and BACKEND == "torch" else (1, 1)
+# What a model is given is checked by the same code on every backend, and most
+# of the time would go into compiling.
+ONE_BACKEND = pytest.mark.skipif(
+    BACKEND != "torch" and not ALL,
+    reason="`make test-all` runs it on every backend, others on torch alone",
+)
 
 NAN, INFINITY = float("nan"), float("inf")
 NUMBERS = [
@@ -232,7 +240,7 @@ def _plain_attributes(part):
     return {
         name: value
         for name, value in vars(part).items()
-        if isinstance(value, kinds)
+        if isinstance(value, kinds) and name != "_jax_state_synced"
     }
 
 

@@ -82,6 +82,8 @@ REFUSED = {
     "labels of text": lambda: metric(kld.BrierScore, "a", [[0.5, 0.5]]),
     "rates of text": lambda: theory.sparsity("0.5"),
     "rates of booleans": lambda: theory.sparsity([True]),
+    "rates beyond memory": lambda: theory.sparsity(range(10**12)),
+    "texts beyond memory": lambda: scores.score_answers(range(10**12), []),
     "spans without axes": lambda: decoding.decode_answer(
         SCORES, SCORES, 3, "Denver"
     ),

@@ -31,11 +31,19 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", OF_NONE)
 def test_a_call_works_or_says_what_was_received(name):
-    call = CALLS[name]
+    drive_call(OF_NONE[name], fuzzing.OF_NONE)
+
+
+@fuzzing.ONE_BACKEND
+@pytest.mark.parametrize("name", fuzzed_methods.CALLS)
+def test_a_call_leaves_the_model_as_it_was_if_it_fails(name):
+    drive_call(fuzzed_methods.CALLS[name], fuzzing.OF_MODELS)
+
+
+def drive_call(call, factor):
     driver = fuzzing.Driver(call)
-    factor = fuzzing.OF_NONE if name in OF_NONE else fuzzing.OF_MODELS
 
     @fuzzing.cases(call.count, factor)
     @given(st.data())

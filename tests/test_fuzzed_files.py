@@ -21,6 +21,8 @@ from keras_lora_dropout.storage import manifest
 from keras_lora_dropout.storage.adapter_files import read_adapter_files
 from keras_lora_dropout.storage.adapter_files import write_adapter_files
 
+pytestmark = fuzzing.ONE_BACKEND
+
 
 def compact():
     model = adapted_mlp(rank_budget=kld.RankBudget(1))

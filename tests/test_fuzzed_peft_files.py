@@ -27,6 +27,8 @@ KINDS = {
     "adalora": {"rank_budget": kld.RankBudget(1)},
 }
 
+pytestmark = fuzzing.ONE_BACKEND
+
 
 class Reader:
     """A model that imports changed files, again and again."""

@@ -139,7 +139,7 @@ def as_list(name, values, of="strings"):
     try:
         if not isinstance(values, (str, bytes)):
             return list(values)
-    except TypeError:
+    except (TypeError, MemoryError):
         pass
     received = f"{name}={shown(values)} (of type {type(values).__name__})."
     if isinstance(values, str):
@@ -157,7 +157,8 @@ def numbers_of(values, booleans=False):
     """
     try:
         array = np.asarray(values)
-    except (ValueError, TypeError, RuntimeError):  # Lists of different lengths.
+    # Lists of different lengths, or a range of absurd length.
+    except (ValueError, TypeError, RuntimeError, MemoryError):
         return None
     kinds = "iufb" if booleans else "iuf"
     if array.dtype.kind not in kinds and array.size:
