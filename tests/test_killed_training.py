@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 PROGRAM = pathlib.Path(killed_training.__file__)
-KILLS = 20
+KILLS = 100 if os.environ.get("ALL_MODELS") else 20
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@
 - The padding mask that losses read from a tensor has no accessor.
 - The gradients that an optimizer accumulates over batches have none either.
 - The epoch that a callback lets `fit` resume at has no accessor.
+- On JAX, the state that a step puts out reaches the model between steps only.
 - On PyTorch, a model lists its parameters when it is built, and never again.
 - A variable takes the layout that a `keras.distribution` has for its path when
   it is made; another one cannot be given, nor can it be asked for.
@@ -25,6 +26,8 @@ import keras
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.models.functional import Functional
+
+from keras_lora_dropout.core.interrupts import interrupts_held
 
 
 def sublayers(layer):
@@ -119,6 +122,40 @@ class Unquantizable:
             "kernels cannot be quantized any more. Quantize first: "
             '`model.quantize("int8")`, then `enable_lora_dropout(model)`.'
         )
+
+
+class KeptSteps:
+    """Mixin for JAX: the state of the last whole step is never lost.
+
+    A step consumes the arrays of the state before it, and Keras takes note of
+    the new ones later. An interrupt in between, or an error of the data between
+    two steps of one execution, would leave the model without its weights.
+    """
+
+    def _make_function(self, step_function, *args, **kwargs):
+        def step(state, data):
+            with interrupts_held():
+                outputs, state = step_function(state, data)
+                names = _STATES[len(state)]
+                # Keras's own attributes would track every array.
+                vars(self)["_jax_state"] = dict(zip(names, state, strict=True))
+            return outputs, state
+
+        make = _private(super(), "_make_function")
+        return make(step, *args, **kwargs)
+
+
+# What `train_step`, `test_step` and `predict_step` put out, by its length.
+_STATES = {
+    4: (
+        "trainable_variables",
+        "non_trainable_variables",
+        "optimizer_variables",
+        "metrics_variables",
+    ),
+    3: ("trainable_variables", "non_trainable_variables", "metrics_variables"),
+    2: ("trainable_variables", "non_trainable_variables"),
+}
 
 
 def copy_with(layer, cls, **attributes):

@@ -7,11 +7,12 @@ import jax
 import keras
 
 from keras_lora_dropout.core.host_memory import free_host_memory
+from keras_lora_dropout.core.keras_internals import KeptSteps
 from keras_lora_dropout.core.masks import use_draws
 from keras_lora_dropout.training import objective
 
 
-class NSampleTrainStep:
+class NSampleTrainStep(KeptSteps):
     """Mixin: `train_step` on the N-sample objective."""
 
     def make_train_function(self, force=False):

@@ -1,12 +1,14 @@
 """The training step on torch: gradients add up in the parameters."""
 
 import contextlib
+import functools
 
 import keras
 import torch
 
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core.host_memory import free_host_memory
+from keras_lora_dropout.core.interrupts import interrupts_held
 from keras_lora_dropout.core.masks import use_draws
 from keras_lora_dropout.training import objective
 from keras_lora_dropout.training.backend import torch_processes as processes
@@ -16,6 +18,11 @@ class NSampleTrainStep:
     """Mixin: `train_step` on the N-sample objective."""
 
     _exchanges_metrics = False
+
+    def make_train_function(self, force=False):
+        if self.train_function is None or force:
+            super().make_train_function(force)
+            self.train_function = _whole(self.train_function)
 
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -98,6 +105,17 @@ def set_global_random_states(states):
             torch.set_rng_state(state)
         elif int(device.partition(":")[2]) < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, device)
+
+
+def _whole(step):
+    """Let no interrupt end a step when part of the weights is updated."""
+
+    @functools.wraps(step)
+    def whole(data):
+        with interrupts_held():
+            return step(data)
+
+    return whole
 
 
 def _detach(tensor):
