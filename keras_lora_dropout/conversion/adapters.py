@@ -11,6 +11,7 @@ from keras_lora_dropout.conversion.starting_factors import INITIAL
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.rank_budget import check_rank_budget
 from keras_lora_dropout.core.rank_budget import check_target
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.layers import adapt
 from keras_lora_dropout.storage.adapter_files import read_adapter_files
 from keras_lora_dropout.storage.adapter_files import write_adapter_files
@@ -34,6 +35,7 @@ class Adapters:
         """List of the names of all adapters, the active one first."""
         return [self.active_adapter, *self._inactive_adapters]
 
+    @in_turn
     def save_adapters(self, path):
         """Write the active adapter to a directory.
 
@@ -63,6 +65,7 @@ class Adapters:
         )
         write_adapter_files(path, state.settings, state.tensors)
 
+    @in_turn
     def load_adapters(self, path, *, check_fingerprint=True):
         """Read an adapter into the place of the active one.
 
@@ -94,6 +97,7 @@ class Adapters:
         self._log_settings(state)
         self._put(state)
 
+    @in_turn
     def add_adapter(
         self,
         name,
@@ -159,6 +163,7 @@ class Adapters:
             self._check_fit(path, found, fingerprint)
         self._inactive_adapters[name] = state
 
+    @in_turn
     def set_adapter(self, name):
         """Make an adapter the active one.
 
@@ -181,6 +186,7 @@ class Adapters:
         self._inactive_adapters[self.active_adapter] = old
         self.active_adapter = name
 
+    @in_turn
     def delete_adapter(self, name):
         """Delete an adapter that is not active.
 

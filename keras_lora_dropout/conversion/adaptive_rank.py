@@ -5,6 +5,7 @@ import logging
 from keras_lora_dropout.core.keras_internals import unlocked
 from keras_lora_dropout.core.rank_budget import check_rank_budget
 from keras_lora_dropout.core.rank_budget import check_target
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.training.rank_allocator import RankAllocator
 
@@ -137,6 +138,7 @@ class AdaptiveRank:
         """
         return self._allocator_of("rank_history").recorded()
 
+    @in_turn
     def compact_ranks(self):
         """Drop the pruned triplets from the adapters, in place.
 
@@ -187,6 +189,7 @@ class AdaptiveRank:
         if self.rank_allocator is not None:
             self.rank_allocator.prune()
 
+    @in_turn
     def train_on_batch(self, *args, **kwargs):
         """As `keras.Model.train_on_batch`, on the N-sample objective."""
         self._check_enabled("train_on_batch")

@@ -21,6 +21,7 @@ from keras_lora_dropout.conversion.recipe import restore
 from keras_lora_dropout.conversion.recipe import with_paths_of
 from keras_lora_dropout.conversion.starting_factors import initial_names
 from keras_lora_dropout.conversion.targets import layer_paths
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.layers import adapt
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 
@@ -94,6 +95,7 @@ def converted_class(cls):
     }
     if hasattr(cls, "generate_step"):
         namespace["generate_step"] = with_generation(cls.generate_step)
+        namespace["generate"] = in_turn(cls.generate)
     if presets.has_presets(cls):
         namespace["save_to_preset"] = save_to_preset
         namespace["from_preset"] = cls.from_preset

@@ -3,12 +3,14 @@
 import keras
 
 from keras_lora_dropout.core.keras_internals import list_parameters
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.inference.fixed_ensemble import FixedEnsemble
 
 
 class Deployment:
     """Mixin of `AdaptedModel`: models to deploy, made from an adapted one."""
 
+    @in_turn
     def as_ensemble(self, num_samples=None, seed=None, *, average="output"):
         """Make a Keras model that averages N fixed mask instances.
 
@@ -46,6 +48,7 @@ class Deployment:
         ensemble(inputs)  # Keras exports no model that was never called.
         return ensemble
 
+    @in_turn
     def export(self, *args, **kwargs):
         """As `keras.Model.export`; the mean network is what is written."""
         if self.built and getattr(self, "inputs", None):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.probabilities import output_links
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.inference.ensemble import EnsembleRequest
 from keras_lora_dropout.inference.ensemble import ensemble_draws
 
@@ -16,10 +18,26 @@ from keras_lora_dropout.inference.ensemble import ensemble_draws
 COMPILED_FUNCTIONS = ("predict_function", "test_function", "generate_function")
 
 
+class _InProgress(threading.local):
+    """The ensembles that are computed, by the id of the model.
+
+    Each thread has its own: a call of the model in another one is none.
+    """
+
+    def __init__(self):
+        self.requests = {}
+
+
+_in_progress = _InProgress()
+
+
 class EnsembleMethods:
     """Mixin of `AdaptedModel`: predict and evaluate with N mask instances."""
 
-    _request = None  # EnsembleRequest while an ensemble is computed.
+    @property
+    def _request(self):
+        """`EnsembleRequest` while this thread computes an ensemble."""
+        return _in_progress.requests.get(id(self))
 
     def _start_ensembles(self, streams):
         """Set up the random state; `streams` also seeds calls without one."""
@@ -28,6 +46,7 @@ class EnsembleMethods:
             streams.randrange(validation.MAX_SEED)
         )
 
+    @in_turn
     def ensemble_predict(
         self,
         x,
@@ -99,6 +118,7 @@ class EnsembleMethods:
             )
         return outputs
 
+    @in_turn
     def ensemble_evaluate(
         self,
         x=None,
@@ -205,11 +225,11 @@ class EnsembleMethods:
         """Let `predict` and `evaluate` compute the ensemble's outputs."""
         key = request, self._adapters_disabled
         with self._seeded(seed), self._functions_of(key):
-            self._request = request
+            _in_progress.requests[id(self)] = request
             try:
                 yield
             finally:
-                self._request = None
+                _in_progress.requests.pop(id(self), None)
 
     @contextlib.contextmanager
     def _functions_of(self, key):

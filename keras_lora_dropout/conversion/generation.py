@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_lora_dropout.architectures.caches import cache_size
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.inference.generation import GenerationRequest
 from keras_lora_dropout.inference.generation import check_rows
 from keras_lora_dropout.inference.generation import check_sampler
@@ -22,6 +23,7 @@ class Generation:
 
     _generation = None  # GenerationRequest while an ensemble generates.
 
+    @in_turn
     def ensemble_generate(
         self,
         inputs,

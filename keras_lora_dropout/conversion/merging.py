@@ -17,6 +17,8 @@ from keras_lora_dropout.conversion.recipe import recipe_of
 from keras_lora_dropout.conversion.targets import layer_paths
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.turns import in_turn
+from keras_lora_dropout.core.turns import turn_of
 from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapter import plain_class
 
@@ -31,6 +33,7 @@ class Merging:
 
     _adapters_disabled = False
 
+    @in_turn
     def merge_adapters(self, *, keep_kernels=True):
         """Fold the mean network into the kernels, in place.
 
@@ -100,22 +103,24 @@ class Merging:
         """Context in which the model computes without its adapters.
 
         `predict`, `evaluate` and calls give the base model's output, with the
-        head as it is trained. Training inside is refused.
+        head as it is trained. Training inside is refused. Other threads wait
+        until the context is left.
         """
-        if self._adapters_disabled:
-            yield
-            return
-        layers = [layer for _, layer in self.adapted_layers]
-        with self._functions_of("disabled adapters"):
-            self._adapters_disabled = True
-            for layer in layers:
-                layer.adapter_enabled = False
-            try:
+        with turn_of(self):
+            if self._adapters_disabled:
                 yield
-            finally:
+                return
+            layers = [layer for _, layer in self.adapted_layers]
+            with self._functions_of("disabled adapters"):
+                self._adapters_disabled = True
                 for layer in layers:
-                    layer.adapter_enabled = True
-                self._adapters_disabled = False
+                    layer.adapter_enabled = False
+                try:
+                    yield
+                finally:
+                    for layer in layers:
+                        layer.adapter_enabled = True
+                    self._adapters_disabled = False
 
     def _check_enabled(self, method):
         if self._adapters_disabled:

@@ -29,6 +29,7 @@ from keras_lora_dropout.core.keras_internals import Unquantizable
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.inference.ensemble import ensemble_outputs
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import plain_class
@@ -213,6 +214,7 @@ class AdaptedModel(
         if optimizer is not None and optimizer.built:
             self.optimizer = type(optimizer).from_config(optimizer.get_config())
 
+    @in_turn
     def fit(self, *args, **kwargs):
         """As `keras.Model.fit`, minimising the N-sample objective."""
         bound = inspect.signature(super().fit).bind(*args, **kwargs)
@@ -229,15 +231,27 @@ class AdaptedModel(
             # At its end, Keras puts the optimizer's averaged weights in place.
             self._prune()
 
+    @in_turn
     def evaluate(self, *args, **kwargs):
         """As `keras.Model.evaluate`, on the mean network."""
         with state_kept(self):
             return super().evaluate(*args, **kwargs)
 
+    @in_turn
     def predict(self, *args, **kwargs):
         """As `keras.Model.predict`, with the mean network."""
         with state_kept(self):
             return super().predict(*args, **kwargs)
+
+    @in_turn
+    def test_on_batch(self, *args, **kwargs):
+        """As `keras.Model.test_on_batch`, on the mean network."""
+        return super().test_on_batch(*args, **kwargs)
+
+    @in_turn
+    def predict_on_batch(self, *args, **kwargs):
+        """As `keras.Model.predict_on_batch`, with the mean network."""
+        return super().predict_on_batch(*args, **kwargs)
 
 
 def with_instances(call):

@@ -13,6 +13,7 @@ from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import sharding
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.dora import DoRAFactors
 from keras_lora_dropout.storage.peft import LowRank
@@ -27,6 +28,7 @@ _INSTANCE = "instance_"
 class PeftExchange:
     """Mixin of `AdaptedModel`: write adapters for PEFT, and read PEFT's."""
 
+    @in_turn
     def export_peft(
         self,
         directory,
@@ -106,6 +108,7 @@ class PeftExchange:
             if folder.name not in folders:
                 remove_peft(folder)
 
+    @in_turn
     def import_peft(self, directory):
         """Take over factors and head of a PEFT adapter, in place.
 

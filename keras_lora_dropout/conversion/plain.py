@@ -34,7 +34,6 @@ ATTRIBUTES = (
     "_mask_plan",
     "_optimized",
     "_plain_trainable",
-    "_request",
     "_generation",
     "_adapters_disabled",
     "_transformer_dropout_disabled",

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.storage.atomic import replacing
 from keras_lora_dropout.training.backend import global_random_states
 from keras_lora_dropout.training.backend import set_global_random_states
@@ -33,6 +34,7 @@ class Saving:
     _restored_epochs = None  # Set while callbacks restore a run.
     _restored_states = None  # Set until the `fit` after loading.
 
+    @in_turn
     def save(self, filepath, overwrite=True, zipped=None, **kwargs):
         """As `keras.Model.save`, adapters and all; the file is atomic.
 
@@ -54,6 +56,7 @@ class Saving:
         with _target(filepath, overwrite, ".keras") as path:
             super().save(path, overwrite=overwrite, zipped=zipped, **kwargs)
 
+    @in_turn
     def save_weights(self, filepath, overwrite=True, max_shard_size=None):
         """As `keras.Model.save_weights`; a file that is not sharded is atomic.
 
@@ -65,6 +68,7 @@ class Saving:
                 path, overwrite=overwrite, max_shard_size=max_shard_size
             )
 
+    @in_turn
     def load_weights(self, *args, **kwargs):
         """As `keras.Model.load_weights`; a compiled model can train on.
 
