@@ -12,7 +12,6 @@ import keras
 import language_models
 import numpy as np
 import pytest
-from helpers import BACKEND
 from helpers import adapted_mlp
 from helpers import classification_data
 
@@ -68,8 +67,6 @@ def predictions_of(model):
 def test_predictions_and_ensembles_at_once():
     model = adapted_mlp(num_samples=2)
     functions = predictions_of(model)
-    if BACKEND != "jax":  # There, a direct call finds no weights meanwhile.
-        functions.append(lambda: keras.ops.convert_to_numpy(model(X)))
     expected = [function() for function in functions]
     results = side_by_side(*functions)
     for found, alone in zip(results, expected, strict=True):
@@ -107,6 +104,23 @@ def test_texts_and_predictions_at_once():
     expected = [function() for function in functions]
     for found, alone in zip(side_by_side(*functions), expected, strict=True):
         assert found == [alone] * ROUNDS
+
+
+class CallingElsewhere(keras.callbacks.Callback):
+    """Calls the model in another thread while an ensemble is computed."""
+
+    def on_predict_begin(self, logs=None):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            call = pool.submit(lambda: self.model(X))
+            self.outputs = keras.ops.convert_to_numpy(call.result(60))
+
+
+def test_a_call_in_another_thread_is_no_ensemble():
+    model = adapted_mlp(num_samples=2)
+    expected = keras.ops.convert_to_numpy(model(X))
+    other = CallingElsewhere()
+    model.ensemble_predict(X, seed=1, callbacks=[other], verbose=0)
+    np.testing.assert_array_equal(other.outputs, expected)
 
 
 class Predicting(keras.callbacks.Callback):

@@ -3,6 +3,7 @@
 import logging
 
 from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.core.out_of_memory import memory_advice
 from keras_lora_dropout.core.rank_budget import check_rank_budget
 from keras_lora_dropout.core.rank_budget import check_target
 from keras_lora_dropout.core.turns import in_turn
@@ -197,4 +198,8 @@ class AdaptiveRank:
             self._require_allocator("train_on_batch")
         if self.rank_allocator is not None:
             self.rank_allocator.check_started()
-        return super().train_on_batch(*args, **kwargs)
+        settings = self.lora_dropout
+        with memory_advice(
+            "train_on_batch", settings.sampling, settings.num_samples
+        ):
+            return super().train_on_batch(*args, **kwargs)

@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.out_of_memory import memory_advice
 from keras_lora_dropout.core.probabilities import output_links
 from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.inference.ensemble import EnsembleRequest
@@ -104,7 +105,7 @@ class EnsembleMethods:
         request = self._ensemble_request(
             num_samples, average, return_samples, include_transformer_dropout
         )
-        with self._as_ensemble(request, seed):
+        with self._as_ensemble(request, seed, "ensemble_predict"):
             outputs = self.predict(
                 x,
                 batch_size=batch_size,
@@ -157,7 +158,7 @@ class EnsembleMethods:
             num_samples, average, drops=include_transformer_dropout
         )
         request = dataclasses.replace(request, as_outputs=True)
-        with self._as_ensemble(request, seed):
+        with self._as_ensemble(request, seed, "ensemble_evaluate"):
             return self.evaluate(
                 x,
                 y,
@@ -221,10 +222,13 @@ class EnsembleMethods:
         return masks.Draws(plan, ensemble_draws(self, count))
 
     @contextlib.contextmanager
-    def _as_ensemble(self, request, seed):
+    def _as_ensemble(self, request, seed, method):
         """Let `predict` and `evaluate` compute the ensemble's outputs."""
         key = request, self._adapters_disabled
-        with self._seeded(seed), self._functions_of(key):
+        advice = memory_advice(
+            method, self.lora_dropout.sampling, request.num_samples
+        )
+        with advice, self._seeded(seed), self._functions_of(key):
             _in_progress.requests[id(self)] = request
             try:
                 yield

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_lora_dropout.architectures.caches import cache_size
 from keras_lora_dropout.core import validation
+from keras_lora_dropout.core.out_of_memory import memory_advice
 from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.inference.generation import GenerationRequest
 from keras_lora_dropout.inference.generation import check_rows
@@ -125,7 +126,12 @@ class Generation:
             request: A `GenerationRequest`.
             batches: List that gains the inputs and outputs of each batch.
         """
-        with self._functions_of((request, self._adapters_disabled)):
+        advice = memory_advice(
+            "ensemble_generate",
+            self.lora_dropout.sampling,
+            request.num_samples,
+        )
+        with advice, self._functions_of((request, self._adapters_disabled)):
             compiled = self.make_generate_function()
 
             def function(inputs, *args, **kwargs):

@@ -29,6 +29,7 @@ from keras_lora_dropout.core.keras_internals import Unquantizable
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.core.out_of_memory import memory_advice
 from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.inference.ensemble import ensemble_outputs
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
@@ -223,8 +224,10 @@ class AdaptedModel(
         self._check_enabled("fit")
         validation.not_empty("x", arguments.get("x"))
         arguments["callbacks"] = with_run_callbacks(arguments.get("callbacks"))
+        settings = self.lora_dropout
+        advice = memory_advice("fit", settings.sampling, settings.num_samples)
         try:
-            with state_kept(self):
+            with advice, state_kept(self):
                 return super().fit(**arguments)
         finally:
             end_run(self)

@@ -127,22 +127,34 @@ class Unquantizable:
 class KeptSteps:
     """Mixin for JAX: the state of the last whole step is never lost.
 
-    A step consumes the arrays of the state before it, and Keras takes note of
-    the new ones later. An interrupt in between, or an error of the data between
-    two steps of one execution, would leave the model without its weights.
+    Keras takes the values out of the variables, a step consumes them, and Keras
+    takes note of the new ones later. An error of the first step or of the data
+    between two steps of one execution, or an interrupt when a step is done,
+    would leave the model without its weights.
     """
 
     def _make_function(self, step_function, *args, **kwargs):
         def step(state, data):
             with interrupts_held():
                 outputs, state = step_function(state, data)
-                names = _STATES[len(state)]
-                # Keras's own attributes would track every array.
-                vars(self)["_jax_state"] = dict(zip(names, state, strict=True))
+                _note_state(self, state)
             return outputs, state
 
         make = _private(super(), "_make_function")
-        return make(step, *args, **kwargs)
+        steps = make(step, *args, **kwargs)
+
+        def noted(state, iterator):
+            _note_state(self, state)
+            return steps(state, iterator)
+
+        return noted
+
+
+def _note_state(model, state):
+    """Let `jax_state_sync` give a state to the model's variables."""
+    names = _STATES[len(state)]
+    # Keras's own attributes would track every array.
+    vars(model)["_jax_state"] = dict(zip(names, state, strict=True))
 
 
 # What `train_step`, `test_step` and `predict_step` put out, by its length.

@@ -131,14 +131,17 @@ def state_kept(model):
     Keras takes the values out of the variables while it loops over batches,
     and an error, such as an input of a wrong shape, leaves them empty.
     """
-    values = [(variable, variable.value) for variable in model.variables]
     try:
         yield
-    except BaseException:
+        # Steps run in the background: an error of theirs belongs to this loop.
+        jax.block_until_ready([variable.value for variable in model.variables])
+    except BaseException as error:
         model.jax_state_sync()
-        for variable, value in values:
-            if _is_empty(variable):
-                variable.assign(value)
+        if _is_lost(model):
+            error.add_note(
+                f'The step took the weights of model "{model.name}" with it: '
+                "load them again before you go on."
+            )
         raise
 
 
@@ -156,11 +159,12 @@ def _fresh(model, step):
         delattr(model, step)
 
 
-def _is_empty(variable):
+def _is_lost(model):
     try:
-        return variable.value is None
-    except TypeError:  # Keras calls the initializer, which is gone too.
+        jax.block_until_ready([variable.value for variable in model.variables])
+    except RuntimeError:  # Consumed by a step, or never computed.
         return True
+    return False
 
 
 def _mean_over(run_pass, state, passes):
