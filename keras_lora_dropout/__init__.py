@@ -1,6 +1,7 @@
 """LoRA Dropout for Keras 3: fine-tune, and predict with ensembles."""
 
 from keras_lora_dropout.callbacks import EnsembleEvaluation
+from keras_lora_dropout.callbacks import TerminateOnNonFinite
 from keras_lora_dropout.conversion.enable import enable_lora_dropout
 from keras_lora_dropout.conversion.enable_transformer_dropout import (
     enable_transformer_dropout,
@@ -54,6 +55,7 @@ __all__ = [
     "LoRADropoutModel",
     "LoRADropoutReversibleEmbedding",
     "RankBudget",
+    "TerminateOnNonFinite",
     "enable_lora_dropout",
     "enable_transformer_dropout",
     "hidden_key",
