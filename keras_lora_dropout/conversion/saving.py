@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.storage.atomic import replacing
+from keras_lora_dropout.storage.atomic import reserve
 from keras_lora_dropout.training.backend import global_random_states
 from keras_lora_dropout.training.backend import set_global_random_states
 
@@ -20,6 +21,8 @@ _RANDOM_STATES = "random_states"
 _EPOCHS = "finished_epochs"
 _INACTIVE = "inactive_adapter_"
 _GLOBAL = "global_random_state_"
+_WIDEST = 4  # Bytes of a number; hardly any has more.
+_HDF5_ENTRY = 4096  # Bytes of an entry's own, at most.
 
 
 class Saving:
@@ -62,13 +65,28 @@ class Saving:
 
         It holds the optimizer's state, too, and that of masks, dropout and
         ranks, so that a compiled model can train on after `load_weights`.
+
+        Raises:
+            OSError: If the disk has no room for the file.
         """
         with _target(filepath, overwrite, ".weights.h5") as path:
+            if path is not filepath:
+                # HDF5 crashes the process when it cannot write.
+                reserve(path, self._size_of_weights())
             super().save_weights(
                 path, overwrite=overwrite, max_shard_size=max_shard_size
             )
 
     @in_turn
+    def _size_of_weights(self):
+        """Most bytes that HDF5 needs for all weights."""
+        variables = list(self.variables)
+        if self.compiled:
+            variables += self.optimizer.variables
+        sizes = [np.prod(v.shape, dtype=int) * _WIDEST for v in variables]
+        sizes += [array.nbytes for _, array in self._inactive_arrays()]
+        return int(sum(sizes)) + _HDF5_ENTRY * len(sizes)
+
     def load_weights(self, *args, **kwargs):
         """As `keras.Model.load_weights`; a compiled model can train on.
 

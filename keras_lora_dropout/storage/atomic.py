@@ -48,6 +48,21 @@ def replacing(path, suffix=_SUFFIX):
         force_to_disk(path.parent)
 
 
+def reserve(path, size):
+    """Make a file of so many bytes, to learn whether the disk has the room.
+
+    Args:
+        path: Path of the file.
+        size: Integer.
+
+    Raises:
+        OSError: If it has not.
+    """
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):  # Unix has it.
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 def write_atomically(path, data):
     """Replace the content of a file, all at once, see `replacing`.
 
