@@ -26,11 +26,11 @@ PROGRAM = pathlib.Path(many_devices.__file__)
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def start(devices, *arguments):
+def start(devices, *arguments, program=PROGRAM):
     flag = f" --xla_force_host_platform_device_count={devices}"
     flags = os.environ.get("XLA_FLAGS", "") + flag
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        [sys.executable, str(program), *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -183,6 +183,25 @@ def test_two_processes_with_four_devices_each(folder, results):
     for place, weight in enumerate(loaded.weights):
         expected = whole[f"{place}:{weight.name}"]
         np.testing.assert_allclose(weight, expected, **CLOSE)
+
+
+def test_the_table_of_scale(tmp_path):
+    program = PROGRAM.parents[1] / "examples" / "benchmarks" / "scale.py"
+    options = "--smoke", "--model-axis", 2, "--devices", 2, 8
+    finish(start(8, *options, "--output", tmp_path, program=program))
+    found = json.loads((tmp_path / "scale.json").read_text())
+    found = found["cases"]["smoke"]["found"]
+    # Of 16 features, rank 2, two blocks: in float32, and the loss.
+    adapters = 2 * 4 * 2 * (16 * 2) * 4 + 4
+    for devices in ("2", "8"):
+        cell = dict(found["data"][devices])
+        assert cell.pop("held") > adapters
+        assert cell == {"all-reduce": adapters}
+    # Two heads cannot be split over a batch axis of four.
+    assert "partitioned 4 times" in found["kerashub"]["8"]
+    assert found["model"]["8"]["all-reduce"] > adapters / 2
+    page = (tmp_path / "scale.md").read_text()
+    assert page.count("\n| ") == 7
 
 
 def tiny():
