@@ -110,6 +110,32 @@ def test_an_error_between_the_steps_of_one_execution(start):
     assert_steps_done(model, start, 5)
 
 
+class Fails(keras.callbacks.Callback):
+    """Lets the loss fail from the first batch on."""
+
+    now = False
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.now = True
+
+    def loss(self, y, outputs):
+        if self.now:
+            raise Trouble
+        return saved_models.LOSS(y, outputs)
+
+
+def test_an_error_of_the_first_step_leaves_the_optimizer(start):
+    model, fails = adaptive_model(), Fails()
+    optimizer = model.optimizer
+    model.compile(optimizer, fails.loss)
+    with pytest.raises(Trouble):
+        fit(model, batches(), 2, callbacks=[fails])
+    assert_scopes_closed(model)
+    model.compile(optimizer, saved_models.LOSS, metrics=["accuracy"])
+    assert_steps_done(model, start, 0)
+    fit(model, batches(), 2)
+
+
 class Interrupt(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if batch == 2:
