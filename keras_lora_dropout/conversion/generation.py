@@ -113,7 +113,10 @@ class Generation:
         if num_samples is None:
             num_samples = self.lora_dropout.num_samples
         return GenerationRequest(
-            validation.num_samples(num_samples),
+            # How many there may be is for the memory of their caches to say.
+            validation.positive_integer(
+                "num_samples", num_samples, at_most=2**63 - 1
+            ),
             validation.word("average", average, validation.AVERAGES),
             validation.boolean("return_uncertainty", return_uncertainty),
         )
