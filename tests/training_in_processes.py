@@ -183,7 +183,7 @@ def consistent(kind, **options):
     model = dropping_models.adapted(dropout_rate=0.3, **options)
     consistency = kld.Consistency(0.7, kind)
     kld.enable_transformer_dropout(model, consistency=consistency)
-    dropping_models.compiled(model, optimizer=keras.optimizers.SGD(0.1))
+    dropping_models.compiled(model, optimizer=keras.optimizers.SGD(0.01))
     data = dropping_models.batch(31)  # The last batch has seven rows.
     return state(model, fit(model, data, epochs=2))
 
