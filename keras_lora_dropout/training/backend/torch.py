@@ -46,9 +46,12 @@ class NSampleTrainStep:
                 (total / len(passes)).backward()
             return keras.tree.map_structure(_detach, (losses, outputs))
 
-        self.zero_grad()
-        losses, outputs = instances.mean(run_pass(drawn) for drawn in passes)
         weights = list(self.trainable_weights)
+        # Keras lists parameters by path, so `zero_grad` misses one of two that
+        # have the same, as layers of nested models may.
+        for weight in weights:
+            weight.value.grad = None
+        losses, outputs = instances.mean(run_pass(drawn) for drawn in passes)
         gradients = [w.value.grad for w in weights]
         with torch.no_grad():
             gradients, losses = processes.averaged(
