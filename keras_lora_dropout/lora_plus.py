@@ -30,7 +30,7 @@ def lora_plus(optimizer, learning_rate_ratio=16.0):
     Args:
         optimizer: A `keras.optimizers.Optimizer` that has taken no step. It
             becomes part of the result.
-        learning_rate_ratio: Positive number. Learning rate of B over that of
+        learning_rate_ratio: Number from 1e-20 to 1e20. Learning rate of B over that of
             everything else. Defaults to 16.
 
     Returns:
@@ -48,7 +48,11 @@ def lora_plus(optimizer, learning_rate_ratio=16.0):
     [0.0032, 0.0002]
     """
     ratio = validation.number(
-        "learning_rate_ratio", learning_rate_ratio, "above 0", low=0
+        "learning_rate_ratio",
+        learning_rate_ratio,
+        "above 0, from 1e-20 to 1e20",
+        low=1e-20,
+        high=1e20,
     )
     _check(optimizer)
     config = optimizer.get_config()

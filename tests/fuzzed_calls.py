@@ -151,14 +151,14 @@ BOUND = theory.GeneralizationBound(100)
 
 
 def check_hidden_key(result, arguments):
-    assert result["attention"].rate == arguments["attention_rate"]
-    assert result["hidden"].rate == arguments["hidden_rate"]
+    assert result["attention"].rate == float(arguments["attention_rate"])
+    assert result["hidden"].rate == float(arguments["hidden_rate"])
     weight = arguments["kl_weight"]
     assert (result["consistency"] is None) == (weight is None)
 
 
 def scaled(optimizer, learning_rate_ratio):
-    if isinstance(optimizer, type):
+    if optimizer in (keras.optimizers.SGD, keras.optimizers.Adam):
         optimizer = optimizer(1e-3)
     return kld.lora_plus(optimizer, learning_rate_ratio)
 

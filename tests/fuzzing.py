@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import decimal
 import fractions
+import numbers
 import os
 
 import keras
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from keras_lora_dropout.conversion import adapter_state
 from keras_lora_dropout.conversion.model import AdaptedModel
+from keras_lora_dropout.core import validation
 from keras_lora_dropout.core.keras_internals import descendants
 
 # Some 5,000 cases in all; in `make test-all` 100,000 on torch, of which about
@@ -91,6 +93,15 @@ def _stays_here(value):
 ODD_PATHS = ODD.filter(_stays_here)
 
 
+def _is_quick(value):
+    is_integer = isinstance(value, numbers.Integral)
+    return not is_integer or not 8 < value <= validation.MAX_SAMPLES
+
+
+# The same for numbers of instances: many are allowed, and take their time.
+ODD_COUNTS = ODD.filter(_is_quick)
+
+
 def cases(count, factor=OF_MODELS):
     """Settings of a test that has so many cases, or more in `test-all`."""
     return settings(
@@ -133,6 +144,9 @@ class Call:
     count: int = 60
 
 
+_ODD_OF = {"num_samples": ODD_COUNTS, "instances": ODD_COUNTS}
+
+
 class Driver:
     """Makes a call again and again, on one subject as long as it can."""
 
@@ -148,7 +162,9 @@ class Driver:
         spoiled = data.draw(st.sets(st.sampled_from(names), max_size=3))
         arguments = {
             name: data.draw(
-                call.odd.get(name, ODD) if name in spoiled else allowed,
+                call.odd.get(name, _ODD_OF.get(name, ODD))
+                if name in spoiled
+                else allowed,
                 label=name,
             )
             for name, allowed in call.arguments.items()

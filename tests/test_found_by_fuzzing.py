@@ -5,6 +5,7 @@ import json
 
 import fuzzed_models
 import fuzzing
+import keras
 import numpy as np
 import pytest
 from helpers import adapted_mlp
@@ -82,6 +83,9 @@ REFUSED = {
     "labels of text": lambda: metric(kld.BrierScore, "a", [[0.5, 0.5]]),
     "rates of text": lambda: theory.sparsity("0.5"),
     "rates of booleans": lambda: theory.sparsity([True]),
+    "learning rate that underflows": lambda: kld.lora_plus(
+        keras.optimizers.SGD(), 1e-107
+    ),
     "rates beyond memory": lambda: theory.sparsity(range(10**12)),
     "texts beyond memory": lambda: scores.score_answers(range(10**12), []),
     "spans without axes": lambda: decoding.decode_answer(
