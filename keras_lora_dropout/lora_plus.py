@@ -30,8 +30,8 @@ def lora_plus(optimizer, learning_rate_ratio=16.0):
     Args:
         optimizer: A `keras.optimizers.Optimizer` that has taken no step. It
             becomes part of the result.
-        learning_rate_ratio: Number from 1e-20 to 1e20. Learning rate of B over that of
-            everything else. Defaults to 16.
+        learning_rate_ratio: Number from 1e-20 to 1e20. Learning rate of B over
+            that of everything else. Defaults to 16.
 
     Returns:
         An optimizer, for `model.compile`.

@@ -163,6 +163,11 @@ def scaled(optimizer, learning_rate_ratio):
     return kld.lora_plus(optimizer, learning_rate_ratio)
 
 
+def check_terminates(callback, arguments):
+    assert callback.every == arguments["every"]
+    assert callback.restore is arguments["restore"]
+
+
 def check_lora_plus(result, arguments):
     second, first = (float(array(o.learning_rate)) for o in result.optimizers)
     assert 0 < first < math.inf
@@ -228,6 +233,11 @@ SETTINGS = {
             "kl_weight": one_of(None, 1, 0.5),
         },
         check_hidden_key,
+    ),
+    "TerminateOnNonFinite": Call(
+        kld.TerminateOnNonFinite,
+        {"every": one_of(1, 100, np.int64(2)), "restore": BOOLEAN},
+        check_terminates,
     ),
     "lora_plus": Call(
         scaled,

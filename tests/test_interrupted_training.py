@@ -132,7 +132,9 @@ def test_an_error_of_the_first_step_leaves_the_optimizer(start):
         fit(model, batches(), 2, callbacks=[fails])
     assert_scopes_closed(model)
     model.compile(optimizer, saved_models.LOSS, metrics=["accuracy"])
-    assert_steps_done(model, start, 0)
+    assert int(keras.ops.convert_to_numpy(optimizer.iterations)) == 0
+    if keras.config.backend() == "jax":  # Others draw masks as they go.
+        assert_steps_done(model, start, 0)
     fit(model, batches(), 2)
 
 

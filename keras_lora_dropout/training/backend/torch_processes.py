@@ -67,7 +67,7 @@ def begin_run(model, params):
         distributed.get_world_size(),
     )
     _part_random_states(model)
-    model._exchanges_metrics = True
+    _let_exchange(model, True)
 
 
 def finish_run(model):
@@ -79,7 +79,7 @@ def finish_run(model):
 def end_run(model):
     """Leave what `begin_run` began, also after an error."""
     if model._exchanges_metrics:
-        model._exchanges_metrics = False
+        _let_exchange(model, False)
         _shift_generators(model, -1)
 
 
@@ -128,11 +128,18 @@ def averaged(weights, gradients, losses, share):
 def metrics_exchanged(model, exchanges=True):
     """Let results of metrics be those of all processes' rows, or not."""
     outer = model._exchanges_metrics
-    model._exchanges_metrics = exchanges
+    _let_exchange(model, exchanges)
     try:
         yield
     finally:
-        model._exchanges_metrics = outer
+        _let_exchange(model, outer)
+
+
+def _let_exchange(model, exchanges):
+    """Set whether metrics are exchanged; a model at rest bears no trace."""
+    vars(model).pop("_exchanges_metrics", None)
+    if exchanges:
+        model._exchanges_metrics = True
 
 
 @contextlib.contextmanager
