@@ -167,6 +167,7 @@ def test_processes_can_train_models_of_their_own(two):
 
 def test_evaluation_outside_of_fit_is_each_process_s_own(two):
     model = runs.model_of()
+    runs.fit(model, epochs=1)
     x, y = runs.classification_data(runs.EXAMPLES)
     for process in range(2):
         rows = 5 + process
