@@ -17,6 +17,9 @@ from keras import ops
 from keras_lora_dropout.conversion.model import AdaptedModel
 from keras_lora_dropout.core import validation
 
+# Between these, no bound is lost by the way to it.
+_CONSTANTS = 1e-100, 1e100
+
 
 def sparsity(dropout_rate):
     """Expected share of zeros in a masked delta: `2p - p^2`.
@@ -73,7 +76,8 @@ class GeneralizationBound:
             hold (delta). Defaults to 0.05.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; of the constants, 1e-100
+            and 1e100 are the limits.
 
     Example:
 
@@ -96,11 +100,17 @@ class GeneralizationBound:
         checked = {"num_examples": count}
         for name in ("lipschitz", "loss_range"):
             checked[name] = validation.number(
-                name, getattr(self, name), "finite and above 0", low=0
+                name,
+                getattr(self, name),
+                "finite and above 0, from 1e-100 to 1e100",
+                *_CONSTANTS,
             )
         for name in ("smallest_eigenvalue", "regularization"):
             checked[name] = validation.number(
-                name, getattr(self, name), "finite, 0 or more"
+                name,
+                getattr(self, name),
+                "finite, 0 or more, to 1e100",
+                high=_CONSTANTS[1],
             )
         checked["failure_probability"] = validation.number(
             "failure_probability",
@@ -126,7 +136,6 @@ class GeneralizationBound:
         """
         zeros = np.asarray(sparsity(dropout_rate))
         curvature = self.smallest_eigenvalue + 2 * self.regularization * zeros
-        # In this order, nothing overflows that the bound itself does not.
         with np.errstate(divide="ignore", over="ignore", under="ignore"):
             flatness = np.divide(self.lipschitz, curvature)
             bound = flatness * (2 * self.lipschitz / self.num_examples)
