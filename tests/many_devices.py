@@ -304,6 +304,24 @@ def layouts():
     return found
 
 
+def refused():
+    """What is said of models that were built elsewhere."""
+    keras.distribution.set_distribution(None)
+    model, _ = dense()
+    with data_parallel().scope():
+        messages = [error_of(model)]
+        model, _ = dense()
+    return [*messages, error_of(model)]
+
+
+def error_of(model):
+    try:
+        kld.enable_lora_dropout(model, rank=2)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def spec(variable):
     axes = variable.value.sharding.spec
     return [*axes, *[None] * (len(variable.shape) - len(axes))]
@@ -343,7 +361,7 @@ def one_process(folder):
     for title, values in resumed(folder).items():
         results[f"resumed|{title}"] = values
     save(folder / "results.npz", results)
-    facts = {"sent": sent, "layouts": layouts()}
+    facts = {"sent": sent, "layouts": layouts(), "refused": refused()}
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
