@@ -268,7 +268,7 @@ def resumed(folder):
     model = build("dense", rank_budget=BUDGET)
     run(model, x[:half], y[:half])
     model.save(folder / "half.keras")
-    model.save_adapters(folder / "half.safetensors")
+    model.save_adapters(folder / "half")
     found = {}
     for devices in (None, 4, 8):
         keras.distribution.set_distribution(devices and data_parallel(devices))
@@ -276,7 +276,7 @@ def resumed(folder):
         title = f"{devices or 1} devices"
         found[title] = run(model, x[half:], y[half:])
         fresh = build("dense", rank_budget=BUDGET)
-        fresh.load_adapters(folder / "half.safetensors")
+        fresh.load_adapters(folder / "half")
         outputs = fresh.predict(x[:BATCH], batch_size=BATCH, verbose=0)
         found[title]["adapters"] = outputs
     return found
@@ -376,7 +376,8 @@ def one_of_two_processes(folder, port, process):
     keras.distribution.set_distribution(model_parallel())
     model = build("llama")
     results["llama-lora|processes"] = run(model, *batches("llama"))
-    model.save_adapters(folder / "shared.safetensors")  # All write one file.
+    model.save_adapters(folder / "shared")
+    model.save_adapters(folder / f"adapters-{process}")
     save(folder / f"process-{process}.npz", results)
 
 

@@ -118,6 +118,13 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def one_device():
+    """What pages set would be in force for all tests after them."""
+    yield
+    keras.distribution.set_distribution(None)
+
+
 @pytest.fixture(autouse=True)
 def closed_figures():
     yield
@@ -205,7 +212,7 @@ def pages_with_code():
 
 @filtered
 @pytest.mark.parametrize("page", list(pages_with_code()))
-def test_python_blocks_run(page, presets, monkeypatch):
+def test_python_blocks_run(page, presets, one_device, monkeypatch):
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(presets))
     namespace = {"__name__": "__main__"}
     for _, backend, source, line in blocks(page, "python"):

@@ -176,12 +176,14 @@ def test_two_processes_with_four_devices_each(folder, results):
         for (title, _), run in load(folder / f"process-{process}.npz").items():
             assert_same(run, results[title, "one"])
     loaded = many_devices.build("llama")
-    loaded.load_adapters(folder / "shared.safetensors")
+    loaded.load_adapters(folder / "shared")
     whole = results["llama-lora", "one"]
     factors = [name for name in whole if ":lora_kernel" in name]
     state = many_devices.state_of(loaded)
     found = [name for name in factors if name in state]
     assert len(found) == 2 * len(loaded.adapted_layers)
+    assert (folder / "adapters-0").exists(), "the first process writes"
+    assert not (folder / "adapters-1").exists(), "and no other"
     for name in found:
         np.testing.assert_allclose(state[name], whole[name], **CLOSE)
 

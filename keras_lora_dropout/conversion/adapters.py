@@ -15,6 +15,7 @@ from keras_lora_dropout.core.turns import in_turn
 from keras_lora_dropout.layers import adapt
 from keras_lora_dropout.storage.adapter_files import read_adapter_files
 from keras_lora_dropout.storage.adapter_files import write_adapter_files
+from keras_lora_dropout.training.backend import writes_files
 
 logger = logging.getLogger("keras_lora_dropout")
 
@@ -45,6 +46,9 @@ class Adapters:
         adapter in the same directory is replaced, and stays whole if the
         writing is stopped at any moment.
 
+        In several processes of JAX, all call it, since each may hold a part of
+        the weights, and the first one writes.
+
         Args:
             path: Path of the directory, made if it is not there.
 
@@ -63,7 +67,8 @@ class Adapters:
         state = stable_paths.to_file(
             self, AdapterState(settings, state.tensors)
         )
-        write_adapter_files(path, state.settings, state.tensors)
+        if writes_files():
+            write_adapter_files(path, state.settings, state.tensors)
 
     @in_turn
     def load_adapters(self, path, *, check_fingerprint=True):

@@ -21,6 +21,7 @@ from keras_lora_dropout.storage.peft import PeftAdapter
 from keras_lora_dropout.storage.peft_writing import earlier_exports
 from keras_lora_dropout.storage.peft_writing import remove_peft
 from keras_lora_dropout.storage.peft_writing import write_peft
+from keras_lora_dropout.training.backend import writes_files
 
 _INSTANCE = "instance_"
 
@@ -101,6 +102,8 @@ class PeftExchange:
                     name: _instance(lyr, kept.get(id(lyr)), draws, n)
                     for name, lyr in layers
                 }
+        if not writes_files():
+            return
         for folder, modules in folders.items():
             adapter = PeftAdapter(modules, saved, settings)
             write_peft(directory / folder, adapter)

@@ -11,6 +11,7 @@ if keras.config.backend() == "jax":
     from keras_lora_dropout.training.backend.jax import global_random_states
     from keras_lora_dropout.training.backend.jax import set_global_random_states
     from keras_lora_dropout.training.backend.jax import state_kept
+    from keras_lora_dropout.training.backend.jax import writes_files
 elif keras.config.backend() == "torch":
     from keras_lora_dropout.training.backend.torch import NSampleTrainStep
     from keras_lora_dropout.training.backend.torch import free_memory
@@ -19,6 +20,7 @@ elif keras.config.backend() == "torch":
         set_global_random_states,
     )
     from keras_lora_dropout.training.backend.torch import state_kept
+    from keras_lora_dropout.training.backend.torch import writes_files
     from keras_lora_dropout.training.backend.torch_processes import begin_run
     from keras_lora_dropout.training.backend.torch_processes import end_run
     from keras_lora_dropout.training.backend.torch_processes import finish_run
@@ -32,6 +34,7 @@ elif keras.config.backend() == "tensorflow":
         set_global_random_states,
     )
     from keras_lora_dropout.training.backend.tensorflow import state_kept
+    from keras_lora_dropout.training.backend.tensorflow import writes_files
 else:
     raise ImportError(
         "keras_lora_dropout trains on the Keras backends jax, torch and "
@@ -53,4 +56,5 @@ __all__ = [
     "global_random_states",
     "set_global_random_states",
     "state_kept",
+    "writes_files",
 ]

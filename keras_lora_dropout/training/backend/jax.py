@@ -115,6 +115,11 @@ def free_memory():
     return known["bytes_limit"] - known.get("bytes_in_use", 0)
 
 
+def writes_files():
+    """Whether this process writes files that all would write alike."""
+    return jax.process_index() == 0
+
+
 def global_random_states():
     """All random state is in the model's own generators here."""
     return {}

@@ -50,6 +50,11 @@ def free_memory():
     return free_host_memory()
 
 
+def writes_files():
+    """There is one process."""
+    return True
+
+
 def global_random_states():
     """All random state is in the model's own generators here."""
     return {}

@@ -87,6 +87,11 @@ def free_memory():
     return free_host_memory() if device.type == "cpu" else None
 
 
+def writes_files():
+    """Each process is asked for itself; see the guide to several of them."""
+    return True
+
+
 def global_random_states():
     """State of torch's own generators, which Keras's dropout draws from.
 
