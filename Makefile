@@ -21,15 +21,20 @@ CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
 	tests/test_convolution_layers.py tests/test_embedding_layers.py \
 	tests/test_dora.py tests/test_initialization.py
 
-.PHONY: demo test test-all lint test-jax test-torch test-tensorflow clean
+# Read from compiled programs: JAX's tests are the longest, so these go last,
+# on the core that is free first.
+COMPILED_TESTS = tests/test_many_devices.py tests/test_compiled_cost.py
+SUITES = test-jax test-torch test-tensorflow test-jax-compiled
+
+.PHONY: demo test test-all lint $(SUITES) clean
 
 demo: $(DEMO_ENV)/.installed
 	KERAS_BACKEND=$(KERAS_BACKEND) $(DEMO_ENV)/bin/python examples/demo.py
 
-# The suite of JAX is the longest, so the other two run beside it in turn.
+# Two at a time, in the order of the list.
 test: $(TEST_ENV)/.installed
 	$(MAKE) lint
-	$(MAKE) --jobs 2 --output-sync=target test-jax test-torch test-tensorflow
+	$(MAKE) --jobs 2 --output-sync=target $(SUITES)
 
 # Every KerasHub task on JAX, too, which takes its time; writes docs/models.md.
 test-all: export ALL_MODELS = 1
@@ -43,9 +48,11 @@ lint: $(TEST_ENV)/.installed
 	$(TEST_ENV)/bin/mypy
 
 # Two suites share the cores; more threads than that only wait for each other.
+test-jax: TESTS = $(addprefix --ignore=,$(COMPILED_TESTS))
 test-tensorflow: TESTS = $(CORE_TESTS)
-test-jax test-torch test-tensorflow: test-%: $(TEST_ENV)/.installed
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(TEST_ENV)/bin/pytest \
+test-jax-compiled: TESTS = $(COMPILED_TESTS)
+$(SUITES): test-%: $(TEST_ENV)/.installed
+	KERAS_BACKEND=$(*:-compiled=) OMP_NUM_THREADS=1 $(TEST_ENV)/bin/pytest \
 		--junitxml=$(TEST_ENV)/$*.xml $(TESTS)
 
 $(DEMO_ENV)/.installed: pyproject.toml
