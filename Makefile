@@ -36,10 +36,12 @@ test: $(TEST_ENV)/.installed
 	$(MAKE) lint
 	$(MAKE) --jobs 2 --output-sync=target $(SUITES)
 
-# Every KerasHub task on JAX, too, which takes its time; writes docs/models.md.
+# Every KerasHub task on JAX, too, and whatever takes its time; writes pages.
 test-all: export ALL_MODELS = 1
 test-all: test
 	KERAS_BACKEND=torch $(TEST_ENV)/bin/python tests/write_models_page.py \
+		--torch $(TEST_ENV)/torch.xml --jax $(TEST_ENV)/jax.xml
+	$(TEST_ENV)/bin/python tests/write_long_runs_page.py \
 		--torch $(TEST_ENV)/torch.xml --jax $(TEST_ENV)/jax.xml
 
 lint: $(TEST_ENV)/.installed

@@ -1,5 +1,6 @@
 """Seeds and tolerance, for whichever backend `KERAS_BACKEND` names."""
 
+import collections
 import gc
 import os
 import pathlib
@@ -43,6 +44,14 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def fuzzed_cases(record_testsuite_property):
+    """Counts how the calls that Hypothesis makes came out."""
+    outcomes = collections.Counter()
+    yield outcomes
+    record_testsuite_property("fuzzed cases", outcomes.total())
 
 
 @pytest.fixture(scope="session")

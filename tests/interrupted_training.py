@@ -7,6 +7,7 @@ make of it when nobody interrupts.
 """
 
 import itertools
+import signal
 import sys
 
 import keras
@@ -79,6 +80,7 @@ def assert_steps_done(model, start, steps=None):
 
 
 def main(path, rounds):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     model = adaptive_model()
     fit(model, batches(), 3)  # Compiles.
     model.load_weights(path)

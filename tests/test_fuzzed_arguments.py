@@ -32,14 +32,14 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", OF_NONE)
-def test_a_call_works_or_says_what_was_received(name):
-    drive_call(OF_NONE[name], fuzzing.OF_NONE)
+def test_a_call_works_or_says_what_was_received(name, fuzzed_cases):
+    fuzzed_cases += drive_call(OF_NONE[name], fuzzing.OF_NONE)
 
 
 @fuzzing.ONE_BACKEND
 @pytest.mark.parametrize("name", fuzzed_methods.CALLS)
-def test_a_call_leaves_the_model_as_it_was_if_it_fails(name):
-    drive_call(fuzzed_methods.CALLS[name], fuzzing.OF_MODELS)
+def test_a_call_leaves_the_model_as_it_was_if_it_fails(name, fuzzed_cases):
+    fuzzed_cases += drive_call(fuzzed_methods.CALLS[name], fuzzing.OF_MODELS)
 
 
 def drive_call(call, factor):
@@ -53,6 +53,7 @@ def drive_call(call, factor):
     drive()
     assert driver.outcomes["works"]
     assert driver.outcomes["refused"]
+    return driver.outcomes
 
 
 def arguments_of(function):

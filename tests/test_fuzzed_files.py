@@ -114,8 +114,10 @@ class Reader:
 
 
 @pytest.fixture(params=KINDS)
-def reader(request, tmp_path):
-    return Reader(request.param, tmp_path / "adapter")
+def reader(request, tmp_path, fuzzed_cases):
+    reader = Reader(request.param, tmp_path / "adapter")
+    yield reader
+    fuzzed_cases.update(works=reader.works, refused=reader.refused)
 
 
 def test_any_field_of_the_settings(reader):
@@ -153,8 +155,10 @@ def test_any_tensor(reader):
 
 
 @pytest.fixture
-def lora(tmp_path):
-    return Reader("lora", tmp_path / "adapter")
+def lora(tmp_path, fuzzed_cases):
+    reader = Reader("lora", tmp_path / "adapter")
+    yield reader
+    fuzzed_cases.update(works=reader.works, refused=reader.refused)
 
 
 def json_path(reader):

@@ -123,8 +123,10 @@ def matching(pattern, module):
 
 
 @pytest.fixture(params=KINDS)
-def reader(request, tmp_path):
-    return Reader(request.param, tmp_path / "adapter")
+def reader(request, tmp_path, fuzzed_cases):
+    reader = Reader(request.param, tmp_path / "adapter")
+    yield reader
+    fuzzed_cases.update(works=reader.works, refused=reader.refused)
 
 
 FIELDS = fuzzing.one_of(

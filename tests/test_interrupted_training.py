@@ -26,6 +26,14 @@ PROGRAM = pathlib.Path(interrupted_training.__file__)
 INTERRUPTS = 60 if os.environ.get("ALL_MODELS") else 6
 
 
+@pytest.fixture(autouse=True)
+def heard_interrupts():
+    """Take Ctrl-C, which what a script starts with `&` is told to ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Path of the weights that runs start from."""
@@ -34,7 +42,9 @@ def start(tmp_path_factory):
     return path
 
 
-def test_interrupts_from_outside_leave_whole_steps(start):
+def test_interrupts_from_outside_leave_whole_steps(
+    start, record_testsuite_property
+):
     choose = random.Random(5)
     with subprocess.Popen(
         [sys.executable, PROGRAM, start, str(INTERRUPTS)],
@@ -50,6 +60,7 @@ def test_interrupts_from_outside_leave_whole_steps(start):
             line = process.stdout.readline()
             assert line.endswith("same\n"), process.communicate()
         assert process.wait(60) == 0
+    record_testsuite_property("interrupts", INTERRUPTS)
 
 
 class Trouble(Exception):

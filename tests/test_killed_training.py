@@ -72,7 +72,9 @@ def contents(path):
     return found
 
 
-def test_a_run_killed_at_random_steps_loses_nothing(processes, tmp_path):
+def test_a_run_killed_at_random_steps_loses_nothing(
+    processes, tmp_path, record_testsuite_property
+):
     folders = tmp_path / "killed", tmp_path / "whole"
     results = tmp_path / "killed.weights.h5", tmp_path / "whole.weights.h5"
     for folder in folders:
@@ -98,3 +100,4 @@ def test_a_run_killed_at_random_steps_loses_nothing(processes, tmp_path):
     assert any("momentum" in name or "optimizer" in name for name in whole)
     for name, value in whole.items():
         np.testing.assert_array_equal(killed[name], value, name)
+    record_testsuite_property("kills", KILLS)

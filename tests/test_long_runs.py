@@ -32,10 +32,11 @@ def measured(*arguments):
     return json.loads(process.stdout)
 
 
-def test_training_needs_no_more_with_time(tmp_path):
+def test_training_needs_no_more_with_time(tmp_path, record_testsuite_property):
     records = measured("training", STEPS, tmp_path)
     assert records[-1]["step"] == STEPS
     warm, last = records[WARM_UP // long_runs.EPOCH - 1], records[-1]
+    record_testsuite_property("training", json.dumps([warm, last]))
     assert last["tensors"] == warm["tensors"]
     assert last["compiled"] == warm["compiled"]
     assert (warm["compiled"] > 0) == (BACKEND == "jax")
@@ -44,8 +45,9 @@ def test_training_needs_no_more_with_time(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_ensemble_streams(kind):
+def test_an_ensemble_streams(kind, record_testsuite_property):
     few, many = measured("ensemble", kind, 20_000, 100_000)
+    record_testsuite_property(f"ensemble of {kind}", json.dumps([few, many]))
     # Keras holds all batches of the result until it joins them.
     allowed = 2 * (many["result_mib"] - few["result_mib"]) + 4
     assert many["above_mib"] - few["above_mib"] < allowed

@@ -16,6 +16,8 @@ import xml.etree.ElementTree
 
 import hub_models
 import keras_hub
+from pages import markdown
+from pages import replace_part
 from test_hub_models import runs_in_sequence
 
 import keras_lora_dropout as kld
@@ -31,7 +33,6 @@ COLUMNS = {
     "files, merging": "test_adapters_survive_files_and_merging",
     "generates": "test_ensembles_generate",
 }
-BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 
 
 def main():
@@ -44,8 +45,7 @@ def main():
         "JAX": passed_tests(options.jax),
     }
     PAGE.write_text(page(passed), "utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text("utf-8")), "utf-8")
+    replace_part(ROOT / "README.md", "models", families_table())
     print(f"Written: {PAGE}")
 
 
@@ -128,18 +128,15 @@ def cell(name, column, test, passed):
     return ", ".join(backends) or "no"
 
 
-def with_table(text):
-    """Return the README with the families of all tasks that are tried."""
+def families_table():
+    """Return the README's table of all tasks that are tried."""
     families = collections.defaultdict(list)
     for name in hub_models.tried_tasks():
         kind = next(kind for kind in KINDS if name.endswith(kind))
         family = name.removesuffix(kind)
         families[KINDS[kind]].append(family)
     rows = [[kind, ", ".join(names)] for kind, names in families.items()]
-    table = markdown(["KerasHub tasks", "families"], rows)
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    return markdown(["KerasHub tasks", "families"], rows)
 
 
 KINDS = {
@@ -155,11 +152,6 @@ KINDS = {
     "DepthEstimator": "depth estimators",
     "AudioToText": "speech to text",
 }
-
-
-def markdown(heads, rows):
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Compiles one and two blocks of each model for that many devices and runs
 nothing. Blocks are alike, so the line through both leads to the whole model.
 With `--tpu v5p` it compiles for TPUs, which need not be there; `libtpu` is the
-compiler. Without it, for the devices that JAX has.
+compiler. Without it, for the devices that JAX has. A model takes minutes; those
+that the same command wrote before it was stopped are not compiled again.
 
     pip install libtpu
     KERAS_BACKEND=jax python examples/benchmarks/scale.py --tpu v5p
@@ -11,6 +12,7 @@ compiler. Without it, for the devices that JAX has.
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 
@@ -226,15 +228,30 @@ def main():
         "question": __doc__.splitlines()[0],
         "versions": {"jax": jax.__version__, **keras_side.versions()},
         "device": devices_of(options.tpu, options.devices[0])[0].device_kind,
+        "devices": options.devices,
         "model_axis": options.model_axis,
-        "cases": {},
     }
-    for case in [SMOKE] if options.smoke else CASES:
+    path = pathlib.Path(options.output) / "scale.json"
+    results["cases"] = earlier_cases(path, results)
+    wanted = [case for case in CASES if case.title in options.models]
+    for case in [SMOKE] if options.smoke else wanted:
         entry = dataclasses.asdict(case)
+        entry["layouts"] = list(case.layouts)  # As JSON has it.
+        known = results["cases"].get(case.title, {})
+        if entry.items() <= known.items():
+            continue
         entry["found"] = measure_case(case, options)
         results["cases"][case.title] = entry
-    path = pathlib.Path(options.output) / "scale.json"
-    write(path, results, markdown(results))
+        write(path, results, markdown(results))
+
+
+def earlier_cases(path, header):
+    """Return the cases of a file that has the same header, if there is one."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    cases = found.pop("cases", {})
+    return cases if found == header else {}
 
 
 def markdown(results):
@@ -276,6 +293,8 @@ def _cells(found):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    titles = [case.title for case in CASES]
+    add("--models", nargs="+", choices=titles, default=titles)
     add("--devices", type=int, nargs="+", default=list(TOPOLOGIES))
     add("--model-axis", type=int, default=8, help="devices of one model")
     add("--tpu", help="compile for this TPU: v5p")
