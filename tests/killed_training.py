@@ -1,8 +1,8 @@
 """Training runs that are killed, each in a process of its own.
 
-The program imports Keras once and then forks a process for every run that it
-reads from its input: lines of `folder results`. It answers with the process id,
-and with how the process ended once it did.
+`python killed_training.py EPOCHS` imports Keras once and then forks a process
+for every run that it reads from its input: lines of `folder results`. It
+answers with the process id, and with how the process ended once it did.
 """
 
 import os
@@ -14,7 +14,6 @@ import saved_models
 
 import keras_lora_dropout as kld
 
-EPOCHS = 30
 STEPS = 4  # in each epoch
 
 
@@ -29,7 +28,7 @@ class Progress(keras.callbacks.Callback):
         self.file.write(b".")
 
 
-def run(folder, results):
+def run(epochs, folder, results):
     keras.utils.set_random_seed(3)
     model = saved_models.compiled(
         saved_models.enabled(
@@ -38,7 +37,7 @@ def run(folder, results):
     )
     saved_models.train(
         model,
-        EPOCHS,
+        int(epochs),
         callbacks=[
             keras.callbacks.BackupAndRestore(f"{folder}/backup"),
             keras.callbacks.ModelCheckpoint(f"{folder}/model.keras"),
@@ -55,7 +54,7 @@ def main():
         if child == 0:
             status = 1
             try:
-                run(*line.split())
+                run(sys.argv[1], *line.split())
                 status = 0
             finally:
                 os._exit(status)
