@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import random
 
+from keras_lora_dropout.conversion import adapter_settings
 from keras_lora_dropout.conversion import adapter_state
 from keras_lora_dropout.conversion import stable_paths
 from keras_lora_dropout.conversion.adapter_state import AdapterState
@@ -310,7 +311,7 @@ def _check_name(name):
 def _read(model, path):
     """Return the `AdapterState` and the base's fingerprint of a directory."""
     settings, tensors = read_adapter_files(path)
-    settings = adapter_state.checked_settings(settings, path)
+    settings = adapter_settings.checked_settings(settings, path)
     fingerprint = settings.pop("base_fingerprint")
     state = AdapterState(settings, tensors)
     return stable_paths.from_file(model, state), fingerprint

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from keras_lora_dropout.conversion import adapter_settings
 from keras_lora_dropout.conversion import adapter_state
 from keras_lora_dropout.conversion import transformer_dropout
 from keras_lora_dropout.conversion.targets import layer_paths
@@ -46,7 +47,7 @@ def restore(model, recipe):
     """
     adapter = recipe["adapter"]
     model._replace_allocation(
-        adapter_state.budget_from(adapter["rank_budget"]),
+        adapter_settings.budget_from(adapter["rank_budget"]),
         adapter["rank_record"],
     )
     model.active_adapter = recipe["active"]
