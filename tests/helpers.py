@@ -94,3 +94,12 @@ def set_random(variables, seed=0, scale=0.5):
     for variable in variables:
         if "float" in keras.backend.standardize_dtype(variable.dtype):
             variable.assign(generator.normal(0, scale, variable.shape))
+
+
+def move_factors(model, scale=0.1):
+    """Move all factors from where they started."""
+    generator = np.random.default_rng(5)
+    for _, layer in model.adapted_layers:
+        for factor in layer.factors:
+            change = generator.normal(0, scale, factor.shape)
+            factor.assign_add(change.astype("float32"))
