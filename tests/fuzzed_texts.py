@@ -30,7 +30,7 @@ class Bytes:
     start_token_id, end_token_id = 256, 257
 
     def __call__(self, text):
-        return list(text.encode("utf-8", "replace"))
+        return list(text.encode())
 
 
 @functools.cache

@@ -253,10 +253,12 @@ def state_of(subject):
 
 def _plain_attributes(part):
     kinds = (str, int, float, type(None), tuple, frozenset)
+    # Where Keras puts weights while it trains or predicts on JAX.
+    passing = "_jax_state", "_jax_state_synced"
     return {
         name: value
         for name, value in vars(part).items()
-        if isinstance(value, kinds) and name != "_jax_state_synced"
+        if isinstance(value, kinds) and name not in passing
     }
 
 

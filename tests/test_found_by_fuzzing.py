@@ -4,6 +4,7 @@ import fractions
 import json
 
 import fuzzed_models
+import fuzzed_texts
 import fuzzing
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ from keras_lora_dropout.instruction_tuning import packing
 from keras_lora_dropout.instruction_tuning import response_data
 from keras_lora_dropout.plots import plot_history
 from keras_lora_dropout.question_answering import decoding
+from keras_lora_dropout.question_answering import offsets
 from keras_lora_dropout.question_answering import scores
 from keras_lora_dropout.storage.adapter_files import read_adapter_files
 from keras_lora_dropout.storage.adapter_files import write_adapter_files
@@ -102,6 +104,12 @@ REFUSED = {
     "answers that are no list": lambda: scores.score_answers(["a"], 3),
     "tokenizer that is none": lambda: response_data.make_response_data(
         None, ["a"], ["b"], sequence_length=4
+    ),
+    "response with half a character": lambda: response_data.make_response_data(
+        Tokenizer(), ["a"], ["\ud800"], sequence_length=4
+    ),
+    "text with half a character": lambda: offsets.tokenize_with_spans(
+        fuzzed_texts.tokenizer(), "a \ud800"
     ),
     "length beyond memory": lambda: response_data.make_response_data(
         Tokenizer(), ["a"], ["b"], sequence_length=10**12

@@ -334,8 +334,8 @@ def test_alpaca_prompts():
     [
         ({"prompts": []}, "`prompts` holds no examples"),
         ({"responses": ["a"]}, "2 prompts and 1 responses"),
-        ({"responses": ["a", None]}, "response 1 is None"),
-        ({"prompts": ["a", 3]}, "prompt 1 is 3"),
+        ({"responses": ["a", None]}, "A response .*None .*example 1"),
+        ({"prompts": ["a", 3]}, "A prompt .* 3 .*example 1"),
         ({"sequence_length": 0}, "`sequence_length` must be a positive"),
         ({"sequence_length": 1}, "sequence_length=1 is too small"),
         ({"packed": "yes"}, "`packed` must be True or False"),

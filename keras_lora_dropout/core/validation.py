@@ -27,6 +27,36 @@ def shown(value):
     return text if len(text) <= 400 else f"{text[:397]}..."
 
 
+def is_unicode(text):
+    """Whether UTF-8 can hold a string: it has no half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def check_text(what, value, where=""):
+    """Raise an error unless a tokenizer can take a value.
+
+    Args:
+        what: String that names it, "A question".
+        value: Anything; a string is right.
+        where: String that says which one it is, " for question 0".
+
+    Raises:
+        TypeError: If it is no string.
+        ValueError: If UTF-8 cannot hold it.
+    """
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{what} must be a string. Received: {shown(value)} (of type "
+            f"{type(value).__name__}){where}."
+        )
+    if not is_unicode(value):
+        raise ValueError(
+            f"{what} must be a string that UTF-8 can hold, without half of a "
+            f"surrogate pair. Received: {shown(value)}{where}. Replace what "
+            'cannot be held by `text.encode("utf-8", "replace").decode()`.'
+        )
+
+
 def positive_integer(name, value, at_most=MAX_INTEGER):
     """Return `value` as `int`; raise `ValueError` unless it is 1 or more."""
     return integer(name, value, 1, at_most)

@@ -78,7 +78,8 @@ def make_response_data(
     Raises:
         TypeError: If a prompt or response is no string, or `tokenizer` none.
         ValueError: If there are none, or not as many of both, if an argument is
-            out of range, or if no example has room for its response.
+            out of range, if UTF-8 cannot hold a text, or if no example has room
+            for its response.
 
     Example:
 
@@ -136,11 +137,7 @@ def _check_tokenizer(tokenizer):
 def _tokens(tokenizer, prompt, response, number):
     """Return the tokens of an example, and where its response starts."""
     for name, text in (("prompt", prompt), ("response", response)):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"Each prompt and response must be a string. Received: {name} "
-                f"{number} is {text!r} (of type {type(text).__name__})."
-            )
+        validation.check_text(f"A {name}", text, f" for example {number}")
     start = [getattr(tokenizer, "start_token_id", None)]
     before = [t for t in start if t is not None] + _ids(tokenizer, prompt)
     # Most vocabularies join words to the space before them, so a response is

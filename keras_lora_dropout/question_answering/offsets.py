@@ -13,6 +13,8 @@ import unicodedata
 import numpy as np
 from keras_hub import tokenizers
 
+from keras_lora_dropout.core import validation
+
 # A space before a word: the word's own in byte-pair vocabularies.
 _GAP = re.compile(r" (?=\S)")
 # Before all of these, WordPiece starts a new word.
@@ -51,7 +53,8 @@ def tokenize_with_spans(tokenizer, text):
     Raises:
         TypeError: If the tokenizer is of another kind, or the text is neither
             a string nor a list of strings.
-        ValueError: If the tokenizer adds tokens of its own.
+        ValueError: If the tokenizer adds tokens of its own, or UTF-8 cannot
+            hold the text.
 
     Example:
 
@@ -211,10 +214,10 @@ def _check(tokenizer, texts):
                 "A tokenizer must return the tokens of the text alone. "
                 f"Received: one with {name}={value}. Construct it without."
             )
-    is_list = isinstance(texts, (list, tuple))
-    for text in texts if is_list else [texts]:
-        if not is_list or not isinstance(text, str):
-            raise TypeError(
-                "Text must be a string, or a list of strings. Received: "
-                f"{text!r} (of type {type(text).__name__})."
-            )
+    if not isinstance(texts, (list, tuple)):
+        raise TypeError(
+            "Text must be a string, or a list of strings. Received: "
+            f"{texts!r} (of type {type(texts).__name__})."
+        )
+    for text in texts:
+        validation.check_text("A text", text)

@@ -101,8 +101,8 @@ def make_windows(
             list of strings is none.
         ValueError: If there are no questions or not one context for each, if
             an answer is not where it is said to be, if the longest question
-            would leave no more tokens for the context than `doc_stride`, or if
-            a number is out of range.
+            would leave no more tokens for the context than `doc_stride`, if
+            UTF-8 cannot hold a text, or if a number is out of range.
 
     Example:
 
@@ -287,11 +287,8 @@ def _check_data(questions, contexts, answers):
         )
     for name, texts in (("question", questions), ("context", contexts)):
         for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"A {name} must be a string. Received: {text!r} (of type "
-                    f"{type(text).__name__}) for question {number}."
-                )
+            where = f" for question {number}"
+            validation.check_text(f"A {name}", text, where)
     for number, answer in enumerate(answers or []):
         if answer is not None:
             _check_answer(number, answer, contexts[number])

@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from keras_lora_dropout.core import validation
 from keras_lora_dropout.storage import manifest
 from keras_lora_dropout.storage.atomic import leftovers
 from keras_lora_dropout.storage.atomic import write_atomically
@@ -133,7 +134,7 @@ def _storable(name, array):
 def _is_name(name):
     if not isinstance(name, str) or name == "__metadata__":
         return False
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    return validation.is_unicode(name)
 
 
 def _description(array):
