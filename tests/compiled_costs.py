@@ -101,6 +101,33 @@ def ensembles():
     }
 
 
+def ensembles_in_turn():
+    """Bytes of temporaries of ensembles of 1, 4 and 8, one after another."""
+    inputs = keras.Input((64,))
+    x = keras.layers.Dense(1024, activation="gelu", name="wide")(inputs)
+    x = keras.layers.Dense(64, activation="tanh", name="narrow")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
+    kld.enable_lora_dropout(model, rank=2, sampling="sequential")
+    plain = model.plain_class().call
+    data = jax.ShapeDtypeStruct((512, 64), "float32")
+
+    def temporaries(num_samples):
+        request = ensemble.EnsembleRequest(num_samples)
+
+        def predict(values, x):
+            mapping = zip(model.variables, values, strict=True)
+            with keras.StatelessScope(mapping):
+                return ensemble.ensemble_outputs(
+                    model, plain, request, (x,), {}
+                )
+
+        values = [variable.value for variable in model.variables]
+        compiled = jax.jit(predict).lower(values, data).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    return {str(count): temporaries(count) for count in (1, 4, 8)}
+
+
 if __name__ == "__main__":
-    parts = deberta, top_third, llama, causal_lm, ensembles
+    parts = deberta, top_third, llama, causal_lm, ensembles, ensembles_in_turn
     print(json.dumps({part.__name__: part() for part in parts}))

@@ -7,6 +7,7 @@ make of it when nobody interrupts.
 """
 
 import itertools
+import os
 import signal
 import sys
 
@@ -91,6 +92,9 @@ def main(path, rounds):
         except KeyboardInterrupt:
             print(assert_steps_done(model, path), "same", flush=True)
             model.load_weights(path)
+    # Keras hands callbacks to threads. One whose lock an interrupt has left
+    # locked waits for ever, and Python would wait for it.
+    os._exit(0)
 
 
 if __name__ == "__main__":

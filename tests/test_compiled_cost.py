@@ -92,6 +92,12 @@ def test_an_ensemble_of_the_top_shares_what_lies_before(counts):
     assert four <= 0.55 * 4 * one
 
 
+def test_an_ensemble_in_turn_takes_the_memory_of_one(counts):
+    bytes_of = counts["ensembles_in_turn"]
+    assert bytes_of["8"] <= 1.02 * bytes_of["4"]
+    assert bytes_of["8"] <= 1.5 * bytes_of["1"]
+
+
 def test_memory_of_llama(tmp_path):
     """Parts are counted, and lead from one, two and three blocks to all."""
     script = FOLDER / "llama_memory.py"

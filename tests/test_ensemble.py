@@ -404,3 +404,42 @@ def test_a_lost_batch_axis_is_found_without_shapes():
     x = np.ones((8, 4, 6), "float32")
     with pytest.raises(ValueError, match=r"second.*sampling=.sequential"):
         model.ensemble_predict(x, num_samples=4, verbose=0)
+
+
+class CountedCalls(keras.layers.Layer):
+    """Counts its calls, and asks for outputs near 0."""
+
+    def build(self, input_shape):
+        self.calls = self.add_weight(
+            initializer="zeros", dtype="int32", trainable=False, name="calls"
+        )
+
+    def call(self, inputs):
+        self.calls.assign_add(1)
+        self.add_loss(ops.mean(ops.square(inputs)))
+        return inputs
+
+
+def test_layers_that_change_themselves_see_every_instance():
+    counted = CountedCalls()
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(5, activation="tanh", name="hidden"),
+            counted,
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    model = kld.enable_lora_dropout(model, rank=2, sampling="sequential")
+    randomize(model)
+    samples = model.ensemble_predict(
+        X, seed=3, return_samples=True, batch_size=70, verbose=0
+    )
+    assert int(ops.convert_to_numpy(counted.calls)) == 4
+    mean = model.ensemble_predict(X, seed=3, batch_size=70, verbose=0)
+    assert int(ops.convert_to_numpy(counted.calls)) == 8
+    assert_close(mean, samples.mean(axis=0), 1e-6)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss)
+    model.ensemble_evaluate(X, Y, batch_size=70, verbose=0)
+    assert int(ops.convert_to_numpy(counted.calls)) == 12

@@ -225,6 +225,35 @@ def mean(structures):
     )
 
 
+def mean_in_turn(function, values, each_in_turn):
+    """Average what a function gives for each of several values.
+
+    Args:
+        function: Called with an index and the values of that index, of shape
+            `(1, ...)`; it returns a structure, as those of `mean`.
+        values: Tensor of shape `(count, ...)`.
+        each_in_turn: `training.backend.each_in_turn`.
+
+    Returns:
+        As `mean`.
+    """
+    structure = function(0, values[:1])
+    if values.shape[0] == 1:
+        return structure
+    form = keras.tree.map_structure(_Form, structure)
+    total = keras.tree.map_structure(_widen, structure)
+    structure = None
+
+    def step(total, n, value):
+        following = function(n, value)
+        return keras.tree.map_structure(_add, total, following), None
+
+    total, _ = each_in_turn(step, total, values, first=1)
+    return keras.tree.map_structure(
+        lambda form, summed: form.give(summed, values.shape[0]), form, total
+    )
+
+
 class _Form:
     """Dtype and padding mask of a leaf, without its numbers."""
 

@@ -12,6 +12,7 @@
 - The gradients that an optimizer accumulates over batches have none either.
 - The epoch that a callback lets `fit` resume at has no accessor.
 - On JAX, the state that a step puts out reaches the model between steps only.
+- The scope that holds the values of variables while JAX traces is not given.
 - On PyTorch, a model lists its parameters when it is built, and never again.
 - A variable takes the layout that a `keras.distribution` has for its path when
   it is made; another one cannot be given, nor can it be asked for.
@@ -25,6 +26,7 @@ import functools
 import keras
 from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.models.functional import Functional
 
 from keras_lora_dropout.core.interrupts import interrupts_held
@@ -168,6 +170,32 @@ _STATES = {
     3: ("trainable_variables", "non_trainable_variables", "metrics_variables"),
     2: ("trainable_variables", "non_trainable_variables"),
 }
+
+
+class ScopeState:
+    """What variables and losses are in the current `keras.StatelessScope`."""
+
+    def __init__(self):
+        self._scope = get_stateless_scope()
+        if self._scope is not None:
+            self._values = dict(self._scope.state_mapping)
+            self._losses = list(self._scope.losses)
+
+    def is_as_noted(self):
+        """Whether no variable has changed since, and no loss was added."""
+        if self._scope is None:
+            return True
+        now = self._scope.state_mapping
+        same = now.keys() == self._values.keys() and all(
+            now[name] is value for name, value in self._values.items()
+        )
+        return same and len(self._scope.losses) == len(self._losses)
+
+    def restore(self):
+        """Undo what has changed since."""
+        if self._scope is not None:
+            self._scope.state_mapping = self._values
+            self._scope.losses = self._losses
 
 
 def copy_with(layer, cls, **attributes):

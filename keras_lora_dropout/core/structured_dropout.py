@@ -99,7 +99,8 @@ class DropoutDraws:
             return lay_out(values, rows)
         values = draw((self.num_instances, *shape[1:]), seed)
         if self.instance is not None:
-            return values[self.instance : self.instance + 1]
+            # The index of a loop is a tensor.
+            return ops.expand_dims(ops.take(values, self.instance, axis=0), 0)
         blocks = lay_out(ops.expand_dims(values, 1), rows)
         return ops.repeat(blocks, shape[0] // blocks.shape[0], axis=0)
 

@@ -11,6 +11,8 @@ from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import probabilities
 from keras_lora_dropout.core import shared_prefix
 from keras_lora_dropout.core.structured_dropout import DropoutDraws
+from keras_lora_dropout.training.backend import each_in_turn
+from keras_lora_dropout.training.backend import python_loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +80,19 @@ def ensemble_outputs(model, call, request, args, kwargs):
     if model.lora_dropout.sampling == "parallel" and count > 1:
         layout.check_parallel_layout(model, forward, inputs, count)
         rows = instances.batch_size(inputs)
-        values = instances.lay_out(ops.expand_dims(values, 1), rows)
+        of_blocks = instances.lay_out(ops.expand_dims(values, 1), rows)
         rows = rows * count
-        draws = masks.Draws(plan, values, rows, dropout=dropout)
+        draws = masks.Draws(plan, of_blocks, rows, dropout=dropout)
         with masks.use_draws(draws):
             outputs = layout.run_parallel(model, forward, inputs, count)
-        samples = iter(instances.split(outputs, count, rows))
-    else:
-        samples = run_in_turn(plan, lambda: forward(inputs), values, dropout)
-    return combine(samples, request)
+        samples = instances.split(outputs, count, rows)
+        return combine(lambda n, _: samples[n], values, request)
+    run = runner(plan, lambda: forward(inputs), values, dropout)
+    return combine(run, values, request, each_in_turn)
 
 
-def run_in_turn(plan, forward, values, dropout=None):
-    """Run a model under one mask instance after another.
+def runner(plan, forward, values, dropout=None):
+    """Prepare to run a model under one mask instance after another.
 
     Args:
         plan: The model's `MaskPlan`.
@@ -98,30 +100,33 @@ def run_in_turn(plan, forward, values, dropout=None):
         values: Tensor of shape `(num_instances, plan.width)`, the draws.
         dropout: `DropoutDraws` of all instances, or `None`.
 
-    Yields:
-        The outputs of each instance.
+    Returns:
+        Function of an instance's index and draws, `(1, plan.width)`, that
+        returns the instance's outputs.
     """
-    count = values.shape[0]
     kept = None
-    if count > 1:
+    if values.shape[0] > 1:
         kept = shared_prefix.kept_by(
             plan, forward, for_gradients=False, dropout=dropout
         )
-    for n in range(count):
-        draws = masks.Draws(
-            plan, values[n : n + 1], dropout=dropout and dropout.only(n)
-        )
+
+    def run(n, draw):
+        draws = masks.Draws(plan, draw, dropout=dropout and dropout.only(n))
         with masks.use_draws(draws), shared_prefix.reuse(kept):
-            outputs = forward()
-        yield outputs
+            return forward()
+
+    return run
 
 
-def combine(samples, request):
+def combine(run, values, request, in_turn=python_loop.each_in_turn):
     """Average outputs, or stack them, as a request says.
 
     Args:
-        samples: Iterable of the outputs of each instance.
+        run: Function of an instance's index and draws that returns its outputs.
+        values: Tensor of shape `(num_instances, width)`, the draws.
         request: An `EnsembleRequest`.
+        in_turn: What calls that function: `each_in_turn` of the backend, or of
+            Python.
     """
 
     def each(sample, function):
@@ -137,12 +142,17 @@ def combine(samples, request):
         ]
         return keras.tree.pack_sequence_as(sample, changed)
 
-    samples = (each(s, probabilities.to_probabilities) for s in samples)
+    def sample(n, draw):
+        return each(run(n, draw), probabilities.to_probabilities)
+
     if request.return_samples:
+        _, samples = in_turn(
+            lambda _, *args: (None, sample(*args)), None, values
+        )
         return keras.tree.map_structure(
             lambda *leaves: ops.stack(leaves, axis=1), *samples
         )
-    outputs = instances.mean(samples)
+    outputs = instances.mean_in_turn(sample, values, in_turn)
     if request.as_outputs:
         outputs = each(outputs, probabilities.to_outputs)
     return outputs

@@ -6,7 +6,7 @@ from keras import ops
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.inference.ensemble import EnsembleRequest
 from keras_lora_dropout.inference.ensemble import combine
-from keras_lora_dropout.inference.ensemble import run_in_turn
+from keras_lora_dropout.inference.ensemble import runner
 
 
 @keras.saving.register_keras_serializable("keras_lora_dropout")
@@ -77,10 +77,10 @@ class FixedEnsemble(keras.layers.Layer):
                 "copy: `copy.deepcopy(model).as_ensemble()`."
             )
         values = ops.convert_to_tensor(self.mask_draws)
-        samples = run_in_turn(
+        run = runner(
             self._plan, lambda: self.model(inputs, training=False), values
         )
-        return combine(samples, self._request)
+        return combine(run, values, self._request)
 
     def compute_output_spec(self, inputs):
         # The graph of a functional model knows; tracing KerasHub's layers with

@@ -7,6 +7,7 @@ import keras
 
 if keras.config.backend() == "jax":
     from keras_lora_dropout.training.backend.jax import NSampleTrainStep
+    from keras_lora_dropout.training.backend.jax import each_in_turn
     from keras_lora_dropout.training.backend.jax import free_memory
     from keras_lora_dropout.training.backend.jax import global_random_states
     from keras_lora_dropout.training.backend.jax import set_global_random_states
@@ -46,10 +47,13 @@ if keras.config.backend() != "torch":
     from keras_lora_dropout.training.backend.one_process import begin_run
     from keras_lora_dropout.training.backend.one_process import end_run
     from keras_lora_dropout.training.backend.one_process import finish_run
+if keras.config.backend() != "jax":
+    from keras_lora_dropout.training.backend.python_loop import each_in_turn
 
 __all__ = [
     "NSampleTrainStep",
     "begin_run",
+    "each_in_turn",
     "end_run",
     "finish_run",
     "free_memory",

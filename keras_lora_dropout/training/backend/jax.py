@@ -8,8 +8,10 @@ import keras
 
 from keras_lora_dropout.core.host_memory import free_host_memory
 from keras_lora_dropout.core.keras_internals import KeptSteps
+from keras_lora_dropout.core.keras_internals import ScopeState
 from keras_lora_dropout.core.masks import use_draws
 from keras_lora_dropout.training import objective
+from keras_lora_dropout.training.backend import python_loop
 
 
 class NSampleTrainStep(KeptSteps):
@@ -102,6 +104,45 @@ class NSampleTrainStep(KeptSteps):
                 self.metrics_variables,
             )
         )
+
+
+def each_in_turn(step, carry, values, first=0):
+    """Take steps one after another, as `python_loop.each_in_turn`.
+
+    A compiler that sees all steps may take them side by side and hold what all
+    of them need, so it gets a loop. Steps that change variables or add losses
+    cannot be in one: Keras would not learn of it.
+    """
+    if not isinstance(values, jax.core.Tracer):
+        return python_loop.each_in_turn(step, carry, values, first)
+
+    def taken(leaves, item):
+        index, draw = item
+        structure = keras.tree.pack_sequence_as(carry, leaves)
+        structure, kept = step(structure, index, draw[None])
+        if not state.is_as_noted():
+            raise _StateChangedError
+        forms.append(kept)
+        return keras.tree.flatten(structure), keras.tree.flatten(kept)
+
+    forms, state = [], ScopeState()
+    items = jax.numpy.arange(first, len(values)), values[first:]
+    try:
+        leaves, kept = jax.lax.scan(taken, keras.tree.flatten(carry), items)
+    except _StateChangedError:
+        state.restore()
+        return python_loop.each_in_turn(step, carry, values, first)
+    results = [
+        keras.tree.pack_sequence_as(
+            forms[-1], [None if leaf is None else leaf[n] for leaf in kept]
+        )
+        for n in range(len(values) - first)
+    ]
+    return keras.tree.pack_sequence_as(carry, leaves), results
+
+
+class _StateChangedError(Exception):
+    """A step of a loop has changed what is no part of it."""
 
 
 def free_memory():
