@@ -207,6 +207,38 @@ def test_the_table_of_scale(tmp_path):
     assert page.count("\n| ") == 7
 
 
+def test_the_page_on_scale_says_what_was_counted():
+    docs = PROGRAM.parents[1] / "docs"
+    cases = json.loads((docs / "benchmarks" / "scale.json").read_text())
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (docs / "scale.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    layouts = {
+        "data parallel": "data",
+        "model parallel": "model",
+        "KerasHub's layout map": "kerashub",
+    }
+    shown, model = [], None
+    for title, _, layout, devices, sent, held in rows[1:]:
+        model = title or model
+        for count in devices.split(", "):
+            shown.append((model, layouts[layout], count))
+            found = cases["cases"][model]["found"][layouts[layout]][count]
+            if isinstance(found, str):
+                assert (sent, held) == ("not possible", "")
+                continue
+            assert held == f"{found.pop('held') / 1e9:.3g}"
+            assert sent == f"{sum(found.values()) / 1e9:.3g}"
+    assert shown == [
+        (model, layout, count)
+        for model, case in cases["cases"].items()
+        for layout in case["found"]
+        for count in ("8", "64", "512")
+    ]
+
+
 def test_models_built_elsewhere_are_refused(facts):
     before, after = facts["refused"]
     assert "before the distribution was set" in before
