@@ -31,7 +31,10 @@ class EnsembleEvaluation(keras.callbacks.Callback):
         average: `"output"` or `"probability"`, as in `ensemble_evaluate`.
 
     Raises:
-        TypeError: When training starts, if the model has no ensemble.
+        ValueError: If the validation data are empty, or an argument is out of
+            range.
+        TypeError: If the seed is no integer; when training starts, if the model
+            has no ensemble.
 
     Example:
 
@@ -57,12 +60,15 @@ class EnsembleEvaluation(keras.callbacks.Callback):
         average="output",
     ):
         super().__init__()
+        validation.not_empty("validation_data", validation_data)
+        if num_samples is not None:
+            num_samples = validation.num_samples(num_samples)
         self.validation_data = validation_data
         self.options = {
             "num_samples": num_samples,
-            "batch_size": batch_size,
-            "seed": seed,
-            "average": average,
+            "batch_size": validation.batch_size(batch_size),
+            "seed": validation.seed(seed),
+            "average": validation.word("average", average, validation.AVERAGES),
         }
 
     def on_train_begin(self, logs=None):

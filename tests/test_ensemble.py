@@ -372,6 +372,23 @@ def test_half_precision_is_averaged_in_float32():
     assert_close(mean, samples.mean(axis=0), 1e-6)
 
 
+@pytest.mark.parametrize(
+    "data, options, message",
+    [
+        ((X, Y), {"num_samples": 0}, "num_samples=0"),
+        ((X, Y), {"batch_size": -1}, "batch_size=-1"),
+        ((X, Y), {"seed": -1}, "seed=-1"),
+        ((X, Y), {"average": "mean"}, "average='mean'"),
+        ((X[:0], Y[:0]), {}, "`validation_data` holds no examples"),
+    ],
+)
+def test_the_callback_is_refused_before_an_epoch_is_lost(
+    data, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        kld.EnsembleEvaluation(data, **options)
+
+
 @pytest.mark.skipif(
     BACKEND != "torch", reason="Other backends infer every shape."
 )
