@@ -152,7 +152,7 @@ class BrierScore(keras.metrics.MeanMetricWrapper):
     def update_state(self, y_true, y_pred, sample_weight=None):
         metric = "BrierScore"
         y_true = _tensor(metric, "y_true", y_true)
-        y_pred = _tensor(metric, "y_pred", y_pred)
+        y_pred = ops.cast(_tensor(metric, "y_pred", y_pred), self.dtype)
         if sample_weight is not None:
             labels, _ = _classified(metric, y_true, y_pred, self.from_logits)
             sample_weight = _weights(metric, sample_weight, labels)
@@ -184,7 +184,7 @@ def _classified(metric, y_true, y_pred, from_logits):
         Class indices of shape `(batch, ...)`, and probabilities of shape
         `(batch, ..., classes)`.
     """
-    if not y_true.shape or not y_pred.shape:
+    if not y_true.shape or not y_pred.shape or y_pred.shape[-1] == 0:
         raise _misfit(metric, y_true, y_pred)
     is_binary = y_pred.shape[-1] == 1 or (
         len(y_pred.shape) == 1 and y_pred.shape == y_true.shape

@@ -344,6 +344,11 @@ def _check_predictions(y_true, y_pred, from_logits):
         )
 
 
+def _quoted(text):
+    """Return how a message shows text: in quotes, cut if it is long."""
+    return f'"{text}"' if len(text) <= 400 else f'"{text[:397]}..."'
+
+
 def _best_of(metric, mode):
     """Return the function that finds the best entry of an array."""
     validation.word("mode", mode, _MODES)
@@ -354,8 +359,9 @@ def _best_of(metric, mode):
             mode = "max"
         else:
             raise ValueError(
-                f'The name "{metric}" does not tell whether less or more is '
-                f'better. Received: metric="{metric}", mode="auto". Pass '
+                f"The name {_quoted(metric)} does not tell whether "
+                f"less or more is better. Received: "
+                f'metric={_quoted(metric)}, mode="auto". Pass '
                 '`mode="min"` or `mode="max"`.'
             )
     return np.nanargmin if mode == "min" else np.nanargmax
@@ -393,9 +399,10 @@ def _curve(name, run, metric):
     values = np.asarray(run.get(metric, ()), dtype="float64")
     if not len(values):
         raise ValueError(
-            f'The history{f" of {name!r}" if name else ""} has no "{metric}". '
-            f'Received: metric="{metric}"; recorded are {sorted(run)}. Pass '
-            "one of these, or give `fit` what records it (validation_data for "
+            f"The history{f' of {name!r}' if name else ''} has no "
+            f"{_quoted(metric)}. Received: "
+            f"metric={_quoted(metric)}; recorded are {sorted(run)}. Pass one "
+            "of these, or give `fit` what records it (validation_data for "
             '"val_...", metrics in `compile`).'
         )
     if dates is None or len(dates) != len(values):

@@ -207,6 +207,7 @@ class Driver:
         # What Python says of paths will do, too.
         told += [f"{name}=" for name in arguments]
         told += ["eceived", "os.PathLike", "null byte", '" holds']
+        told += ["surrogates not allowed"]
         assert any(part in message for part in told), error
         assert len(message) < 6000
 

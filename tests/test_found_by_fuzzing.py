@@ -21,6 +21,7 @@ from keras_lora_dropout.plots import plot_history
 from keras_lora_dropout.question_answering import decoding
 from keras_lora_dropout.question_answering import offsets
 from keras_lora_dropout.question_answering import scores
+from keras_lora_dropout.question_answering import windows
 from keras_lora_dropout.storage.adapter_files import read_adapter_files
 from keras_lora_dropout.storage.adapter_files import write_adapter_files
 
@@ -111,6 +112,22 @@ REFUSED = {
     "text with half a character": lambda: offsets.tokenize_with_spans(
         fuzzed_texts.tokenizer(), "a \ud800"
     ),
+    "predictions of no class": lambda: metric(
+        kld.ExpectedCalibrationError, [2], []
+    ),
+    "predictions of no class, squared": lambda: metric(kld.BrierScore, [2], []),
+    "long name of a metric": lambda: plot_history(
+        {"loss": [1]}, metric=3000 * "("
+    ),
+    "class for a function": lambda: kld.enable_lora_dropout(
+        tiny_mlp(), rank=1, target_layers=keras.layers.Dense
+    ),
+    "dropout that is not there": lambda: adapted_mlp().ensemble_predict(
+        X, include_transformer_dropout=True
+    ),
+    "answer elsewhere": lambda: windows.make_windows(
+        fuzzed_texts.preprocessor(), ["dog"], ["a"], [("dog", 2)], doc_stride=0
+    ),
     "length beyond memory": lambda: response_data.make_response_data(
         Tokenizer(), ["a"], ["b"], sequence_length=10**12
     ),
@@ -122,8 +139,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_with_what_was_received(name):
-    with pytest.raises((ValueError, TypeError), match=r"(?s)Received|=-1|less"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"(?s)Received|=-1|less"
+    ) as caught:
         REFUSED[name]()
+    assert len(str(caught.value)) < 6000
 
 
 @pytest.mark.parametrize("options", [{"num_samples": np.int64(2)}, {}])
@@ -212,3 +232,9 @@ def test_settings_of_another_type_leave_the_model_alone(change, tmp_path):
     with pytest.raises(ValueError, match="not what `save_adapters` writes"):
         model.load_adapters(tmp_path)
     fuzzing.assert_same_state(fuzzing.state_of(model), before)
+
+
+def test_predictions_that_are_booleans():
+    score = kld.BrierScore()
+    score.update_state([0, 1], np.array([True, False]))
+    assert float(score.result()) == 2

@@ -219,7 +219,8 @@ def _all_of(model, word):
 
 
 def _match(argument, selector, paths):
-    if callable(selector):
+    # A class can be called, too, but not with these.
+    if callable(selector) and not isinstance(selector, type):
         return [(p, lyr) for p, lyr in paths.items() if selector(p, lyr)]
     if isinstance(selector, str):
         try:

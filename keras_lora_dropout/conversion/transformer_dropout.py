@@ -114,8 +114,9 @@ class TransformerDropping:
     def _check_has_transformer_dropout(self, what):
         if self.transformer_dropout is None:
             raise ValueError(
-                f'Model "{self.name}" has no transformer dropout, which '
-                f"`{what}` needs. Call `enable_transformer_dropout` first."
+                f"`{what}` needs what drops. Received: model "
+                f'"{self.name}", which has no transformer dropout. Call '
+                "`enable_transformer_dropout` first."
             )
 
     def _put_transformer_dropout(self, settings):

@@ -307,6 +307,7 @@ def _check_answer(number, answer, context):
     if start < 0 or found != text:
         raise ValueError(
             f"The answer {text!r} of question {number} is not at character "
-            f"{start} of its context. There is {found!r}. Count characters, "
-            "not bytes, in the context as it is given here."
+            f"{start} of its context. Received: {(text, start)!r}, where there "
+            f"is {found!r}. Count characters, not bytes, in the context as it "
+            "is given here."
         )
