@@ -184,7 +184,9 @@ def _classified(metric, y_true, y_pred, from_logits):
         Class indices of shape `(batch, ...)`, and probabilities of shape
         `(batch, ..., classes)`.
     """
-    if not y_true.shape or not y_pred.shape or y_pred.shape[-1] == 0:
+    # An empty shape of TensorFlow is true, one that is not known false.
+    has_axes = all(t.shape and len(t.shape) for t in (y_true, y_pred))
+    if not has_axes or y_pred.shape[-1] == 0:
         raise _misfit(metric, y_true, y_pred)
     is_binary = y_pred.shape[-1] == 1 or (
         len(y_pred.shape) == 1 and y_pred.shape == y_true.shape
