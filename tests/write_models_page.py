@@ -93,11 +93,19 @@ JAX and PyTorch; this page is written from its results.
 
 {markdown(heads, rows)}
 
+SAM 3 needs torchvision on PyTorch, which the tests go without. SAM, SAM 3, Flux
+and Stable Diffusion 3 refuse KerasHub's `fit`; they are trained by the method
+of Keras, `keras.Model.train_on_batch(model, x, y)`. To fine-tune Stable
+Diffusion 3 on velocities, adapt the network that predicts them:
+`enable_lora_dropout(task.backbone.diffuser)` has `fit` and `ensemble_predict`,
+and `task.generate` uses it from then on. What the ensemble of a detector
+decodes is the average of the instances' outputs.
+
 Kernels of experts, in mixtures, are adapted where they are
 [named](api/enable_lora_dropout.md#experts), which is tested apart. The
 feed-forward layers of Gemma 4 have no adapters: its blocks never call them.
 
-Not tried:
+Not among them:
 
 {others}
 """
@@ -149,7 +157,11 @@ KINDS = {
     "TextEmbedder": "text embedders",
     "ImageClassifier": "image classifiers",
     "ImageSegmenter": "image segmenters",
+    "ObjectDetector": "object detectors",
     "DepthEstimator": "depth estimators",
+    "TextToImage": "text to image",
+    "ImageToImage": "image to image",
+    "Inpaint": "inpainting",
     "AudioToText": "speech to text",
 }
 

@@ -1,5 +1,7 @@
 """`as_ensemble`: the ensemble as one Keras model, to serve or export."""
 
+import dataclasses
+
 import keras
 
 from keras_lora_dropout.core.keras_internals import list_parameters
@@ -14,7 +16,8 @@ class Deployment:
     def as_ensemble(self, num_samples=None, seed=None, *, average="output"):
         """Make a Keras model that averages N fixed mask instances.
 
-        Its outputs are those of `ensemble_predict` with the same arguments.
+        Its outputs are those of `ensemble_predict` with the same arguments,
+        before a task decodes them, as detectors do.
         The masks are drawn now and become constants of the new model: it has
         no random state, and `export` writes it as one graph. Its other weights
         are those of this model, not copies; training this model further
@@ -40,6 +43,7 @@ class Deployment:
                 are not known because it was never called.
         """
         request = self._ensemble_request(num_samples, average)
+        request = dataclasses.replace(request, as_outputs=False)
         draws = self._instances(num_samples, seed)
         inputs = _inputs_like(self)
         name = f"{self.name}_ensemble"

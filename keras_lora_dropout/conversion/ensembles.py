@@ -28,6 +28,18 @@ class _InProgress(threading.local):
     def __init__(self):
         self.requests = {}
 
+    @contextlib.contextmanager
+    def doing(self, model, request):
+        """Let the model's calls inside compute what a request asks for."""
+        outer = self.requests.get(id(model))
+        self.requests[id(model)] = request
+        try:
+            yield
+        finally:
+            self.requests[id(model)] = outer
+            if outer is None:
+                del self.requests[id(model)]
+
 
 _in_progress = _InProgress()
 
@@ -83,9 +95,11 @@ class EnsembleMethods:
                 `"probability"` applies softmax or sigmoid first, as the
                 compiled loss says (softmax, or sigmoid for a single unit, if
                 there is no such loss), unless the outputs already are
-                probabilities.
+                probabilities; an output that is trained with another loss next
+                to such a one is averaged as it is.
             return_samples: Boolean. Whether to return the N outputs instead
-                of their mean.
+                of their mean. A task that decodes what it predicts, such as a
+                detector, decodes the average once, or each of the N outputs.
             include_transformer_dropout: Boolean. Whether each instance also
                 drops what `enable_transformer_dropout` says; all examples of
                 an instance drop the same places, so of the same length.
@@ -96,8 +110,9 @@ class EnsembleMethods:
             `num_samples` if `return_samples`.
 
         Raises:
-            ValueError: If `x` is empty, if an argument is out of range, or if
-                the model has no transformer dropout to include.
+            ValueError: If `x` is empty, if an argument is out of range, if the
+                model has no transformer dropout to include, or if nothing says
+                which outputs of a task that decodes them are probabilities.
         """
         validation.not_empty("x", x)
         batch_size = validation.batch_size(batch_size)
@@ -138,6 +153,9 @@ class EnsembleMethods:
     ):
         """Compute the compiled loss and metrics on the ensemble's output.
 
+        A `compute_loss` of a task's own that runs parts of the model again, as
+        BASNet's and PARSeq's do, has the mean network there.
+
         Args:
             x, y, batch_size, sample_weight: Data, as in `evaluate`.
             num_samples, seed, average: As in `ensemble_predict`. Averaged
@@ -170,6 +188,31 @@ class EnsembleMethods:
                 return_dict=return_dict,
             )
 
+    def predict_step(self, *args):
+        """As `keras.Model.predict_step`; samples are decoded one by one."""
+        request = self._request
+        step = super().predict_step
+        samples = request is not None and request.return_samples
+        if not samples or not self._decodes_predictions():
+            return step(*args)
+        results = []
+        for n in range(request.num_samples):
+            one = dataclasses.replace(request, return_samples=False, only=n)
+            with _in_progress.doing(self, one):
+                results.append(step(*args))
+        states = ()
+        if keras.config.backend() == "jax":
+            results, states = zip(*results, strict=True)
+        outputs = keras.tree.map_structure(
+            lambda *leaves: keras.ops.stack(leaves, axis=1), *results
+        )
+        return (outputs, states[-1]) if states else outputs
+
+    def _decodes_predictions(self):
+        """Whether `predict` returns something else than the model's outputs."""
+        step = super().predict_step
+        return step.__func__ is not keras.Model.predict_step
+
     def _ensemble_request(
         self, num_samples, average, return_samples=False, drops=False
     ):
@@ -178,11 +221,22 @@ class EnsembleMethods:
         validation.word("average", average, validation.AVERAGES)
         if validation.boolean("include_transformer_dropout", drops):
             self._check_has_transformer_dropout("include_transformer_dropout")
+        links, decodes = None, self._decodes_predictions()
+        if average == "probability":
+            links = output_links(self)
+            if decodes and None in links:
+                raise ValueError(
+                    f"{type(self).__name__} decodes what it predicts, and its "
+                    "compiled loss does not say which of its outputs are "
+                    'probabilities. Use `average="output"`. Received: '
+                    'average="probability".'
+                )
         return EnsembleRequest(
             num_samples=validation.num_samples(num_samples),
             return_samples=return_samples,
             drops=drops,
-            links=output_links(self) if average == "probability" else None,
+            links=links,
+            as_outputs=decodes,
         )
 
     def _set_ensemble_seed(self, seed):
@@ -229,11 +283,8 @@ class EnsembleMethods:
             method, self.lora_dropout.sampling, request.num_samples
         )
         with advice, self._seeded(seed), self._functions_of(key):
-            _in_progress.requests[id(self)] = request
-            try:
+            with _in_progress.doing(self, request):
                 yield
-            finally:
-                _in_progress.requests.pop(id(self), None)
 
     @contextlib.contextmanager
     def _functions_of(self, key):

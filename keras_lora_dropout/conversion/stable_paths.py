@@ -6,6 +6,7 @@ came before, in any model: the same model has `mixture_2` in one process and
 its class in its own model.
 """
 
+import collections
 import dataclasses
 import re
 
@@ -26,15 +27,20 @@ def from_file(model, state):
 def _stable_names(model):
     """Return `{name: stable name}` of the layers that Keras named."""
     layers = {layer.name: layer for layer in descendants(model)}
-    counts, names = {}, {}
+    numbered = collections.defaultdict(dict)  # By stem.
     for name, layer in layers.items():
         stem = _automatic_stem(layer)
         if stem is not None:
-            count = counts[stem] = counts.get(stem, 0) + 1
-            names[name] = stem if count == 1 else f"{stem}_{count - 1}"
-    given = set(layers) - set(names)
+            names = numbered[stem]
+            names[name] = f"{stem}_{len(names)}" if names else stem
+    given = set(layers).difference(*numbered.values())
     # A name that someone has given keeps its meaning.
-    return {} if given & set(names.values()) else names
+    return {
+        name: stable
+        for names in numbered.values()
+        if not given & set(names.values())
+        for name, stable in names.items()
+    }
 
 
 def _automatic_stem(layer):

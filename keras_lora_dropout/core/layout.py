@@ -20,6 +20,8 @@ from keras_lora_dropout.core.structured_dropout import DropoutDraws
 
 # A batch size that no axis of a real model is a multiple of by accident.
 _PROBE_ROWS = 1009
+# Layers, by class, whose input says by numbers which rows of a batch they read.
+_READ_ROWS_BY_NUMBER = ("SAM3GeometryEncoder",)
 # Where tensors have to be computed: two sizes, which no axis has both.
 _FEW_PROBE_ROWS = 2, 3
 
@@ -58,6 +60,7 @@ def check_parallel_layout(model, forward, inputs, num_instances):
         return
     _check_batch_axis_is_free(model)
     _check_no_batch_statistics(model)
+    _check_no_row_numbers(model)
     plan = model.mask_plan
     if plan.keeps_prefix:
         try:
@@ -198,4 +201,14 @@ def _check_no_batch_statistics(model):
                 f'Layer "{layer.path or layer.name}" normalizes over the batch '
                 "and is trainable, so instances in one batch would change each "
                 f"other. Freeze it, or: {LAYOUT_ADVICE}"
+            )
+
+
+def _check_no_row_numbers(model):
+    for layer in descendants(model):
+        if type(layer).__name__ in _READ_ROWS_BY_NUMBER:
+            raise LayoutError(
+                f'Layer "{layer.path or layer.name}" reads the rows of the '
+                "batch whose numbers its input has, so instances in one batch "
+                f"would read each other's. {LAYOUT_ADVICE}"
             )

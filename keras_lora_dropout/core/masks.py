@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_lora_dropout.core import instances
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.stratified import stratify
 
@@ -132,6 +133,16 @@ class Draws:
     def groups(self):
         """Number of mask groups; 1 without masks."""
         return 1 if self.values is None else self.values.shape[0]
+
+    def only(self, instance, num_instances):
+        """Return what one of N instances draws, for a batch of its own."""
+        one = copy.copy(self)
+        if self.values is not None:
+            one.values = instances.blocks(self.values, num_instances)[instance]
+        if isinstance(self.rows, int):
+            one.rows = self.rows // num_instances
+        one.dropout = self.dropout and self.dropout.only(instance)
+        return one
 
     def covers(self, layer):
         """Whether the layer is one of the model's adapted layers."""

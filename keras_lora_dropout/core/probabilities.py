@@ -16,14 +16,18 @@ def output_links(model):
 
     Returns:
         Tuple of `"softmax"`, `"sigmoid"`, `"identity"` (the output already is
-        a probability) or `None` (nothing tells; see `default_link`). It has a
-        single entry where the number of outputs is not known.
+        a probability, or is none) or `None` (nothing tells; see
+        `default_link`). It has a single entry where the number of outputs is
+        not known.
     """
     outputs = keras.tree.flatten(getattr(model, "outputs", None) or [None])
     losses = _losses(model, len(outputs))
+    links = [link_of(loss) for loss in losses]
+    # A regression next to a classification, as the boxes of a detector.
+    others = "identity" if any(links) else None
     return tuple(
-        "identity" if _is_probability(output) else link_of(loss)
-        for output, loss in zip(outputs, losses, strict=True)
+        "identity" if _is_probability(output) else link or (loss and others)
+        for output, loss, link in zip(outputs, losses, links, strict=True)
     )
 
 
@@ -93,7 +97,10 @@ def _losses(model, count):
     if not keras.tree.is_nested(loss):
         return [loss] * count
     if isinstance(loss, dict):
+        outputs = getattr(model, "output", None)
         names = getattr(model, "output_names", sorted(loss))
+        if isinstance(outputs, dict):
+            names = sorted(outputs)  # In the order that they are flattened in.
         losses = [loss.get(name) for name in names]
     else:
         losses = keras.tree.flatten(loss)

@@ -94,6 +94,9 @@ class DropoutDraws:
         dtype = keras.backend.standardize_dtype(self.seed.dtype)
         seed = GivenSeed(self.seed + ops.convert_to_tensor(offset, dtype))
         rows = shape[0] // self.num_instances
+        if self.instance is not None and not self.rows_alike:
+            values = draw((self.num_instances, *shape), seed)
+            return lay_out(values[self.instance][None], shape[0])
         if not self.rows_alike:
             values = draw((self.num_instances, rows, *shape[1:]), seed)
             return lay_out(values, rows)

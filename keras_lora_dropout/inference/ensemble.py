@@ -27,6 +27,7 @@ class EnsembleRequest:
         as_outputs: Whether averaged probabilities are turned back into what
             the model's own loss expects.
         drops: Whether structured dropout is part of the instances.
+        only: `None`, or the index of the one instance that is computed.
     """
 
     num_samples: int
@@ -34,6 +35,7 @@ class EnsembleRequest:
     links: tuple | None = None
     as_outputs: bool = False
     drops: bool = False
+    only: int | None = None
 
 
 def ensemble_draws(model, count):
@@ -63,7 +65,8 @@ def ensemble_outputs(model, call, request, args, kwargs):
         kwargs: Keyword arguments of the call.
 
     Returns:
-        The outputs averaged over the instances, or stacked along axis 1.
+        The outputs averaged over the instances, stacked along axis 1, or those
+        of one of them.
     """
     count, plan = request.num_samples, model.mask_plan
     values = ensemble_draws(model, count)
@@ -77,6 +80,10 @@ def ensemble_outputs(model, call, request, args, kwargs):
         return call(model, *args, **kwargs)
 
     inputs = args, kwargs
+    if request.only is not None:
+        n = request.only
+        draws = values[n : n + 1]
+        return runner(plan, lambda: forward(inputs), draws, dropout)(n, draws)
     if model.lora_dropout.sampling == "parallel" and count > 1:
         layout.check_parallel_layout(model, forward, inputs, count)
         rows = instances.batch_size(inputs)

@@ -199,7 +199,10 @@ def pass_loss(model, x, y, sample_weight, kept, partner):
         loss = compute_loss(x, y, outputs, sample_weight)
     else:
         samples = instances.split(outputs, count, rows)
-        losses = [compute_loss(x, y, out, sample_weight) for out in samples]
+        losses = []
+        for n, out in enumerate(samples):
+            with _draws_of_instance(model, n):
+                losses.append(compute_loss(x, y, out, sample_weight))
         loss = losses[0] if count == 1 else sum(losses) / count
     reported["loss"] = loss
     objective = loss
@@ -219,6 +222,19 @@ def pass_loss(model, x, y, sample_weight, kept, partner):
     if samples is None:
         return objective, reported, instances.mean_of_blocks(outputs, count)
     return objective, reported, instances.mean(samples)
+
+
+def _draws_of_instance(model, instance):
+    """Return the context in which one instance's loss is computed.
+
+    A `compute_loss` of the model's own may run parts of the model again, on the
+    rows of one instance.
+    """
+    count = instances_per_pass(model)
+    is_keras = type(model).compute_loss is keras.Model.compute_loss
+    if count == 1 or is_keras:
+        return contextlib.nullcontext()
+    return masks.use_draws(masks.current_draws().only(instance, count))
 
 
 def around_update(model, weights, gradients):
