@@ -149,17 +149,25 @@ def test_an_interrupted_run_goes_on(preset, tmp_path, monkeypatch):
 
     folder = tmp_path / "cut"
     folder.mkdir()
-    done = []
 
-    def cut(work):
-        done.append(work)
-        if len(done) == 4:  # In the second epoch, of two batches each.
-            raise Cut
+    def run_until(moment):
+        done = []
 
-    with pytest.raises(Cut):
-        training.run(cell, rows, folder, cut)
+        def cut(work):
+            done.append(work)
+            if len(done) == moment:
+                raise Cut
+
+        with pytest.raises(Cut):
+            training.run(cell, rows, folder, cut)
+
+    run_until(4)  # In the second epoch, of two batches each.
     assert len(json.loads((folder / "epochs.json").read_text())) == 1
-    resumed = training.run(cell, rows, folder, lambda work: None)
+    run_until(len(told) - 2)  # In the last scores, those of the ensemble.
+    left = []
+    resumed = training.run(cell, rows, folder, left.append)
+    ensemble = cell.num_samples * len(rows["validation"])
+    assert sum(left) == pytest.approx(ensemble)
     for entry, other in zip(whole["epochs"], resumed["epochs"], strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-5)
     for network, values in whole["scores"]["validation"].items():

@@ -32,7 +32,7 @@ def check_settings(folder, settings, another="--output"):
 
 
 class Journal:
-    """Keeps what the epochs gave, and the weights after the last of them.
+    """Keeps what the epochs gave, the weights after the last, and the scores.
 
     Args:
         model: The compiled model; it gets the weights of an interrupted run.
@@ -47,17 +47,43 @@ class Journal:
     def __init__(self, model, folder, seconds=0.0):
         self._model, self._folder, self._seconds = model, folder, seconds
         self._path = folder / "epochs.json"
-        self._saved = time.monotonic()
-        self.entries = []
+        self._started = self._saved = time.monotonic()
+        self._scores_path = folder / "scores.json"
+        self._scores, self.entries = {}, []
+        if self._scores_path.exists():
+            self._scores = json.loads(self._scores_path.read_text())
         if self._path.exists():
             self.entries = json.loads(self._path.read_text())
             model.optimizer.build(model.trainable_variables)
             model.load_weights(self._weights(len(self.entries)))
+        self._kept = len(self.entries)
 
     def add(self, entry):
         self.entries.append(entry)
         if time.monotonic() - self._saved >= self._seconds:
             self._save()
+
+    def close(self):
+        """Keep all epochs, if they took longer than an entry has to."""
+        took = time.monotonic() - self._started
+        if self._kept < len(self.entries) and took >= self._seconds:
+            self._save()
+
+    def score(self, name, compute):
+        """Return what an interrupted run computed, or compute it.
+
+        It is kept if the epochs before it all are.
+
+        Args:
+            name: String.
+            compute: Function without arguments that returns a dictionary.
+        """
+        if name not in self._scores:
+            self._scores[name] = compute()
+            if self._kept == len(self.entries):
+                content = json.dumps(self._scores, indent=1) + "\n"
+                write_atomically(self._scores_path, content.encode())
+        return self._scores[name]
 
     def _save(self):
         count = len(self.entries)
@@ -69,6 +95,7 @@ class Journal:
             if path != self._weights(count):
                 path.unlink()
         self._saved = time.monotonic()
+        self._kept = count
 
     def _weights(self, count):
         return self._folder / f"after-{count}.weights.h5"

@@ -1,5 +1,6 @@
 """Runs a cell: fine-tunes a model, and scores its networks."""
 
+import functools
 import importlib
 import math
 import os
@@ -53,8 +54,12 @@ def run(cell, rows, folder, progress):
         entry = train_epoch(model, cell, epoch, train, ticks)
         if cell.curves:
             shown = data[TASKS[cell.task].splits[0]]
-            entry["scores"] = networks.scores(shown)
+            entry["scores"] = {
+                name: compute()
+                for name, compute in networks.scorers(shown).items()
+            }
         journal.add(entry)
+    journal.close()
     if getattr(model, "rank_budget", None) is not None:
         model.compact_ranks()
     return {
@@ -66,7 +71,12 @@ def run(cell, rows, folder, progress):
         },
         "diverged": not math.isfinite(journal.entries[-1]["loss"]),
         "scores": {
-            split: networks.scores(examples, mean_only=split == "selection")
+            split: {
+                name: journal.score(f"{split}, {name}", compute)
+                for name, compute in networks.scorers(
+                    examples, mean_only=split == "selection"
+                ).items()
+            }
             for split, examples in data.items()
         },
         "epochs": journal.entries,
@@ -162,13 +172,26 @@ class Networks:
         self._model, self._cell = model, cell
         self._problem, self._progress = problem, progress
 
-    def scores(self, examples, mean_only=False):
-        """Score the networks, or the mean network only, on `Examples`."""
-        outputs = self._model.predict(examples.x, **self._options(examples))
-        scores = {"mean": self._problem.score(outputs, examples)}
+    def scorers(self, examples, mean_only=False):
+        """Return functions that score networks on `Examples`, by their names.
+
+        Args:
+            examples: `Examples`.
+            mean_only: Boolean. Whether the mean network is the only one.
+        """
+        scorers = {"mean": functools.partial(self._score_mean, examples)}
         name, model = (None, None) if mean_only else self._masked()
-        if model is None:
-            return scores
+        if model is not None:
+            scorers[name] = functools.partial(
+                self._score_ensemble, model, examples
+            )
+        return scorers
+
+    def _score_mean(self, examples):
+        outputs = self._model.predict(examples.x, **self._options(examples))
+        return self._problem.score(outputs, examples)
+
+    def _score_ensemble(self, model, examples):
         average, count = self._problem.average, self._cell.num_samples
         outputs = model.ensemble_predict(
             examples.x,
@@ -177,10 +200,9 @@ class Networks:
             seed=self._cell.seed,
             **self._options(examples, count),
         )
-        scores[name] = self._problem.score(
+        return self._problem.score(
             outputs, examples, probabilities=average == "probability"
         )
-        return scores
 
     def _options(self, examples, instances=1):
         size, count = PREDICTION_BATCH_SIZE, len(examples)
