@@ -1,5 +1,6 @@
 """Tasks with a loss or predictions of their own, as KerasHub's detectors."""
 
+import dropping_models
 import keras
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from keras_lora_dropout.core.structured_dropout import DropoutDraws
 class Task(keras.Model):
     """A functional model around another one, as KerasHub's tasks are."""
 
-    def __init__(self):
-        body = tiny_mlp()
+    def __init__(self, body=None):
+        body = body or tiny_mlp()
         super().__init__(inputs=body.input, outputs=body(body.input))
         self.body = body
 
@@ -45,12 +46,12 @@ class Decoded(Task):
         return self.decode(outputs)
 
     def decode(self, outputs):
-        return {"class": ops.argmax(outputs, -1), "score": ops.max(outputs, -1)}
+        return {"class": ops.argmax(outputs, 1), "score": ops.max(outputs, 1)}
 
 
-def adapted(cls, **options):
+def adapted(cls, body=None, **options):
     model = kld.enable_lora_dropout(
-        cls(), **{"rank": 2, "seed": 0, "num_samples": 2, **options}
+        cls(body), **{"rank": 2, "seed": 0, "num_samples": 2, **options}
     )
     return randomize(model)
 
@@ -108,6 +109,18 @@ def test_ensemble_decodes_the_average_once(sampling):
     )
 
 
+def test_samples_drop_each_their_own():
+    def build(cls):
+        model = adapted(cls, dropping_models.small_transformer())
+        return kld.enable_transformer_dropout(model, **dropping_models.SETTINGS)
+
+    x, _ = dropping_models.batch()
+    options = {"return_samples": True, "include_transformer_dropout": True}
+    samples = build(Task).ensemble_predict(x, seed=3, verbose=0, **options)
+    found = build(Decoded).ensemble_predict(x, seed=3, verbose=0, **options)
+    assert_close(found["score"], samples.max(-1))
+
+
 def test_averaged_probabilities_are_decoded_as_logits():
     x, _ = classification_data(5)
     model, plain = adapted(Decoded), adapted(Task)
@@ -136,7 +149,7 @@ def test_regression_next_to_a_classification_is_averaged_as_it_is():
         box = keras.layers.Dense(4, kernel_initializer="ones", name="box")
         outputs = {"box": box(body.output), "kind": body.output}
         model = keras.Model(body.input, outputs)
-        return adapted(lambda: model, target_layers=["first", "second"])
+        return adapted(lambda _: model, target_layers=["first", "second"])
 
     x, _ = classification_data(5)
     model = build()
