@@ -205,7 +205,7 @@ ENABLING = {
     "use_dora": BOOLEAN,
     "init_lora_weights": one_of(
         *("he_uniform", "he_uniform", "gaussian", "orthogonal"),
-        *("pissa", "olora"),
+        *("pissa", "olora", "pissa_niter_2", "pissa_niter_0"),
     ),
     "trainable_layers": LAYERS,
     "optimize": BOOLEAN,

@@ -26,6 +26,12 @@ CASES = {
         "lora_alpha": 2,
         "use_rslora": True,
     },
+    "pissa, fast": {
+        # Without spare vectors, PEFT's takes so many to be exact.
+        "init_lora_weights": "pissa_niter_99",
+        "r": 2,
+        "lora_alpha": 3,
+    },
     "olora": {"init_lora_weights": "olora", "r": 2, "lora_alpha": 3},
     "olora, one": {"init_lora_weights": "olora", "r": 1, "lora_alpha": 1},
 }

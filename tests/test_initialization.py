@@ -30,8 +30,9 @@ pytestmark = [
         "ignore:Layer .* does not have a `quantize` method:UserWarning",
     ),
 ]
-ALL = initialization.INITIALIZATIONS
-FROM_KERNEL = initialization.FROM_KERNEL
+FAST = "pissa_niter_8"
+ALL = (*initialization.INITIALIZATIONS, FAST)
+FROM_KERNEL = (*initialization.FROM_KERNEL, FAST)
 
 
 def network():
@@ -78,9 +79,10 @@ def predicted(model, x):
 # The factors, against NumPy
 
 
+@pytest.mark.parametrize("init", ["pissa", FAST])
 @pytest.mark.parametrize("rescale", [False, True])
-def test_pissa_is_the_best_approximation(rescale):
-    model = adapted(init="pissa", rescale=rescale)
+def test_pissa_is_the_best_approximation(init, rescale):
+    model = adapted(init=init, rescale=rescale)
     for _, layer in model.adapted_layers:
         left, values, right = np.linalg.svd(kernel_matrix(layer))
         best = left[:, :3] * values[:3] @ right[:3]
@@ -89,6 +91,25 @@ def test_pissa_is_the_best_approximation(rescale):
         # The singular values are halved between the factors.
         assert_close(a.T @ a, b @ b.T, 1e-4)
         assert_close(a.T @ a, np.diag(np.diag(a.T @ a)), 1e-4)
+
+
+def test_iterations_find_the_principal_part_of_a_large_kernel():
+    """Singular values that fall slowly, as those of trained kernels do."""
+    generator = np.random.default_rng(0)
+    left, _ = np.linalg.qr(generator.normal(size=(300, 200)))
+    right, _ = np.linalg.qr(generator.normal(size=(200, 200)))
+    values = 1 / np.sqrt(np.arange(1, 201))
+    kernel = (left * values @ right.T).astype("float32")
+    best = left[:, :8] * values[:8] @ right[:, :8].T
+    errors = []
+    for iterations in (1, 4, 16):
+        a, b = initialization.pissa(kernel, 8, 2.0, iterations, generator)
+        errors.append(np.linalg.norm(2.0 * a @ b - best))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert errors[2] < 1e-2 * np.linalg.norm(best)
+    assert np.linalg.norm(2.0 * a @ b - kernel) <= (
+        1.0001 * np.linalg.norm(best - kernel)
+    )
 
 
 def test_olora_is_the_start_of_a_qr_decomposition():
@@ -267,7 +288,7 @@ def test_quantized_kernels(mode, init, caplog):
     with model.disable_adapters():
         kernel = array(layer._kernel_product(np.eye(7, dtype="float32")))
     scale = layer.scaling * 0.25
-    if init == "pissa":
+    if init.startswith("pissa"):
         expected = initialization.pissa(kernel, 3, scale)
     else:
         expected = initialization.olora(kernel, 3)

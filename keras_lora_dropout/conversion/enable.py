@@ -122,9 +122,10 @@ def enable_lora_dropout(
             in halves of one orthonormal basis, so that `A @ B` is zero; it
             needs a rank of 2 or more. `"pissa"`: the delta is the kernel's
             principal part, by its largest singular values ([Meng et al.,
-            2024](https://arxiv.org/abs/2404.02948), Eq. 2-3). `"olora"`: the
+            2024](https://arxiv.org/abs/2404.02948), Eq. 2-3), found by n
+            iterations with `"pissa_niter_n"` (n from 1 to 999). `"olora"`: the
             first vectors of the kernel's QR decomposition ([Büyükakyüz,
-            2024](https://arxiv.org/abs/2406.01775), Sec. 3). With these two,
+            2024](https://arxiv.org/abs/2406.01775), Sec. 3). With these,
             layers subtract that start again, from frozen copies of it and
             unmasked. Masks then drop parts of the kernel itself, so choose
             low dropout rates. Not with a `rank_budget`.

@@ -35,8 +35,9 @@ def initial_names(settings):
 
 def check_initialization(init_lora_weights, rank_budget):
     """Return the word; raise `ValueError` unless it is known and fits."""
-    allowed = initialization.INITIALIZATIONS
-    validation.word("init_lora_weights", init_lora_weights, allowed)
+    if initialization.pissa_iterations(init_lora_weights) is None:
+        allowed = *initialization.INITIALIZATIONS, "pissa_niter_16"
+        validation.word("init_lora_weights", init_lora_weights, allowed)
     if rank_budget is not None and init_lora_weights != initialization.DEFAULT:
         raise ValueError(
             "`init_lora_weights` goes with a fixed rank; AdaLoRA, which a "
@@ -54,7 +55,7 @@ def starting_factors(targets, settings, init_lora_weights):
         targets: List of `(path, layer)`, without adapters.
         settings: Dictionary of path -> rank, alpha, dropout rate, rescaling
             and seed of the layer.
-        init_lora_weights: One of `core.initialization.INITIALIZATIONS`.
+        init_lora_weights: What `check_initialization` lets pass.
 
     Returns:
         Dictionary of path -> A and B, and what the layer is to subtract of
@@ -72,14 +73,14 @@ def starting_factors(targets, settings, init_lora_weights):
             values = _values(layer, init_lora_weights, **settings[path])
         except ValueError as error:
             raise ValueError(f'Cannot adapt layer "{path}": {error}') from error
-        is_zero = init_lora_weights not in initialization.FROM_KERNEL
+        is_zero = not initialization.is_from_kernel(init_lora_weights)
         starts[path] = values, () if is_zero else values
     return starts
 
 
 def _values(layer, init_lora_weights, rank, alpha, dropout_rate, rescale, seed):
     """The two factors of one layer, float32."""
-    from_kernel = init_lora_weights in initialization.FROM_KERNEL
+    from_kernel = initialization.is_from_kernel(init_lora_weights)
     allowed = _MATRICES if from_kernel else (*_MATRICES, *_CONVOLUTIONS)
     if not isinstance(layer, allowed):
         raise ValueError(
@@ -97,15 +98,16 @@ def _values(layer, init_lora_weights, rank, alpha, dropout_rate, rescale, seed):
         start = initialization.gaussian(*sizes, generator)
     elif init_lora_weights == "orthogonal":
         start = initialization.orthogonal(*sizes, generator)
-    elif init_lora_weights == "pissa":
+    elif init_lora_weights == "olora":
+        kernel = _kernel_matrix(layer, axes, keras_class)
+        start = initialization.olora(kernel, rank)
+    else:
         scale = masks.delta_scale(
             alpha / rank, dropout_rate, rescale, masked=False
         )
         kernel = _kernel_matrix(layer, axes, keras_class)
-        start = initialization.pissa(kernel, rank, scale)
-    else:
-        kernel = _kernel_matrix(layer, axes, keras_class)
-        start = initialization.olora(kernel, rank)
+        iterations = initialization.pissa_iterations(init_lora_weights)
+        start = initialization.pissa(kernel, rank, scale, iterations, generator)
     return tuple(factor.astype("float32") for factor in start)
 
 

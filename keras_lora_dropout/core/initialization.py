@@ -6,6 +6,8 @@ matrices (`LoraLayer.reset_lora_parameters`, `orthogonal_init`, `pissa_init`,
 `olora_init`).
 """
 
+import re
+
 import numpy as np
 
 DEFAULT = "he_uniform"
@@ -13,7 +15,21 @@ INITIALIZATIONS = (DEFAULT, "gaussian", "orthogonal", "pissa", "olora")
 # Those that take the factors from the kernel, whose product is not zero.
 FROM_KERNEL = ("pissa", "olora")
 
+_FAST_PISSA = re.compile("pissa_niter_([1-9][0-9]{0,2})")
+# Vectors beside those that are asked for, with which they are found sooner.
+_OVERSAMPLES = 10
 _ORTHOGONAL_SCALE = 0.1  # PEFT's.
+
+
+def pissa_iterations(word):
+    """Return the n of `"pissa_niter_n"`, or `None` of anything else."""
+    match = isinstance(word, str) and _FAST_PISSA.fullmatch(word)
+    return int(match[1]) if match else None
+
+
+def is_from_kernel(word):
+    """Whether the factors are taken from the kernel."""
+    return word in FROM_KERNEL or pissa_iterations(word) is not None
 
 
 def gaussian(input_dim, output_dim, rank, generator):
@@ -48,7 +64,7 @@ def orthogonal(input_dim, output_dim, rank, generator):
     return _ORTHOGONAL_SCALE * a, _ORTHOGONAL_SCALE * b
 
 
-def pissa(kernel, rank, scale):
+def pissa(kernel, rank, scale, iterations=None, generator=None):
     """The principal part of a kernel, halved between the factors.
 
     `scale * a @ b` is the kernel's best approximation of that rank. Of the
@@ -62,12 +78,21 @@ def pissa(kernel, rank, scale):
         kernel: Array of shape `(input_dim, output_dim)`.
         rank: Positive integer.
         scale: Positive number, multiplier of the product of the factors.
+        iterations: `None` for the full decomposition, or how often a random
+            subspace is multiplied by the kernel and its transpose to find the
+            vectors of the largest values alone.
+        generator: `np.random.Generator` of that subspace.
 
     Raises:
         ValueError: If the kernel has fewer singular values that are not zero.
     """
     _check_finite(kernel)
-    left, values, right = np.linalg.svd(kernel, full_matrices=False)
+    if iterations is None:
+        left, values, right = np.linalg.svd(kernel, full_matrices=False)
+    else:
+        left, values, right = _principal_svd(
+            kernel, rank, iterations, generator
+        )
     present = int(np.count_nonzero(values))
     if present < rank:
         raise ValueError(
@@ -79,6 +104,22 @@ def pissa(kernel, rank, scale):
         )
     root = np.sqrt(values[:rank] / scale)
     return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+def _principal_svd(kernel, rank, iterations, generator):
+    """Find the largest singular values by randomized subspace iteration.
+
+    Reference: [Halko et al., 2011](https://arxiv.org/abs/0909.4061),
+    Algorithms 4.4 and 5.1.
+    """
+    count = min(rank + _OVERSAMPLES, *kernel.shape)
+    start = generator.normal(size=(kernel.shape[1], count))
+    basis, _ = np.linalg.qr(kernel @ start.astype(kernel.dtype))
+    for _ in range(iterations):
+        basis, _ = np.linalg.qr(kernel.T @ basis)
+        basis, _ = np.linalg.qr(kernel @ basis)
+    left, values, right = np.linalg.svd(basis.T @ kernel, full_matrices=False)
+    return basis @ left, values, right
 
 
 def olora(kernel, rank):
