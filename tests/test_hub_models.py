@@ -14,7 +14,9 @@ import keras_lora_dropout as kld
 from keras_lora_dropout.core.instances import LayoutError
 
 # Their routers and experts see all tokens of a batch in one row of them, Swin's
-# attention one window after another; HGNetV2's head normalizes over the batch.
+# and SAM's attention one window after another; HGNetV2's head normalizes over
+# the batch; Stable Diffusion 3 has two prompts for each row; and SAM 3's boxes
+# say by number which row they belong to.
 IN_SEQUENCE = (
     *("GptOss", "Mixtral", "QwenMoe", "Qwen3Moe", "Qwen3_5Moe"),
     *("SwinTransformer", "HGNetV2", "StableDiffusion3", "SAM"),
