@@ -101,6 +101,9 @@ Diffusion 3 on velocities, adapt the network that predicts them:
 and `task.generate` uses it from then on. What the ensemble of a detector
 decodes is the average of the instances' outputs.
 
+The encoders of images and sound of Gemma 3n belong to its embedding and have no
+adapters by `"all-linear"`; name their layers, with `sampling="sequential"`.
+
 Kernels of experts, in mixtures, are adapted where they are
 [named](api/enable_lora_dropout.md#experts), which is tested apart. The
 feed-forward layers of Gemma 4 have no adapters: its blocks never call them.
