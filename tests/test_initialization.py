@@ -342,6 +342,7 @@ def not_finite():
             "Received: init_lora_weights='pisa'",
         ),
         (tiny_mlp, {"init": True}, "init_lora_weights=True"),
+        (tiny_mlp, {"init": "pissa_niter_0"}, '"pissa_niter_16".*niter_0'),
         (
             tiny_mlp,
             {"init": "pissa", "rank_budget": kld.RankBudget(2)},
