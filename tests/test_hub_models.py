@@ -131,7 +131,10 @@ def trained(name):
     model = adapted(name)
     x = hub_models.inputs_of(model)
     before = model.predict(x, verbose=0)
-    assert_same(before, hub_models.build(name).predict(x, verbose=0))
+    plain = hub_models.build(name)
+    # On JAX, Stable Diffusion 3 cannot be compiled: it reads numbers of steps.
+    plain.run_eagerly = True
+    assert_same(before, plain.predict(x, verbose=0))
     frozen = [
         w
         for w in model.backbone.weights

@@ -37,8 +37,10 @@ COLUMNS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", required=True, help="JUnit file")
-    parser.add_argument("--jax", required=True, help="JUnit file")
+    for backend in "--torch", "--jax":
+        parser.add_argument(
+            backend, required=True, nargs="+", help="JUnit files"
+        )
     options = parser.parse_args()
     passed = {
         "PyTorch": passed_tests(options.torch),
@@ -49,16 +51,17 @@ def main():
     print(f"Written: {PAGE}")
 
 
-def passed_tests(path):
-    """Return the pairs of test and task that passed."""
+def passed_tests(paths):
+    """Return the pairs of test and task that passed in any of the files."""
     found = set()
-    for case in xml.etree.ElementTree.parse(path).iter("testcase"):
-        is_here = case.get("classname").endswith("test_hub_models")
-        match = re.fullmatch(r"(\w+)\[(\w+)\]", case.get("name"))
-        if is_here and match and not len(case):
-            found.add(match.groups())
+    for path in paths:
+        for case in xml.etree.ElementTree.parse(path).iter("testcase"):
+            is_here = case.get("classname").endswith("test_hub_models")
+            match = re.fullmatch(r"(\w+)\[(\w+)\]", case.get("name"))
+            if is_here and match and not len(case):
+                found.add(match.groups())
     if not found:
-        sys.exit(f"{path} has no test of a task that passed.")
+        sys.exit(f"{paths} have no test of a task that passed.")
     return found
 
 
@@ -96,7 +99,7 @@ JAX and PyTorch; this page is written from its results.
 SAM 3 needs torchvision on PyTorch, which the tests go without. SAM, SAM 3, Flux
 and Stable Diffusion 3 refuse KerasHub's `fit`; they are trained by the method
 of Keras, `keras.Model.train_on_batch(model, x, y)`. To fine-tune Stable
-Diffusion 3 on velocities, adapt the network that predicts them:
+Diffusion 3 by flow matching, adapt the network that predicts velocities:
 `enable_lora_dropout(task.backbone.diffuser)` has `fit` and `ensemble_predict`,
 and `task.generate` uses it from then on. What the ensemble of a detector
 decodes is the average of the instances' outputs.
