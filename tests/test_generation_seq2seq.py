@@ -51,7 +51,10 @@ def adapted(name, **options):
 
 
 def prompts_of(name):
-    """Texts of several lengths for the encoder, and for the decoder."""
+    """Texts of several lengths for the encoder, and for the decoder.
+
+    BLIP-2's encoder sees, too.
+    """
     generator = np.random.default_rng(0)
 
     def text(side, length, lengths):
@@ -62,10 +65,11 @@ def prompts_of(name):
             f"{side}_padding_mask": mask.astype("int32"),
         }
 
-    return (
-        text("encoder", ENCODER_LENGTH, [6, 3, 5]),
-        text("decoder", LENGTH, PROMPT_LENGTHS.get(name, [2, 4, 1])),
-    )
+    encoder = text("encoder", ENCODER_LENGTH, [6, 3, 5])
+    if name == "BLIP2Seq2SeqLM":
+        images = generator.normal(size=(3, 16, 16, 3))
+        encoder["images"] = images.astype("float32")
+    return encoder, text("decoder", LENGTH, PROMPT_LENGTHS.get(name, [2, 4, 1]))
 
 
 def generated(model, *texts, **options):
