@@ -20,7 +20,7 @@ CORE_TESTS = tests/test_reference.py tests/test_reference_agreement.py \
 	tests/test_merging.py tests/test_deployment.py \
 	tests/test_convolution_layers.py tests/test_embedding_layers.py \
 	tests/test_dora.py tests/test_initialization.py \
-	tests/test_peft_initialization.py
+	tests/test_peft_initialization.py tests/test_task_steps.py
 
 # Read from compiled programs: JAX's tests are the longest, so these go last,
 # on the core that is free first.

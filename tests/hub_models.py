@@ -24,9 +24,9 @@ NOT_TRIED = {
     "Gemma4AssistantCausalLM": "drafts tokens for another model, whose states "
     "it takes, and refuses to be called by itself",
 }
-# Their `fit` refuses any call, so that users train by `train_on_batch`.
 # Weights that start as zeros, which hide gradients and masks.
 HIDING_ZEROS = ("kernel", "query_tokens", "correct_output_scale")
+# Their `fit` refuses any call, so that users train by `train_on_batch`.
 REFUSE_FIT = ("Flux", "SAM", "StableDiffusion3")
 
 

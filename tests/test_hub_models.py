@@ -133,7 +133,7 @@ def trained(name):
     before = model.predict(x, verbose=0)
     plain = hub_models.build(name)
     # On JAX, Stable Diffusion 3 cannot be compiled: it reads numbers of steps.
-    plain.run_eagerly = True
+    plain.run_eagerly = name.startswith("StableDiffusion3")
     assert_same(before, plain.predict(x, verbose=0))
     frozen = [
         w
@@ -206,7 +206,7 @@ def test_training_reaches_all_adapters_and_nothing_frozen(trained):
         assert np.isfinite(b).all() and (b != factors[path][1]).any(), path
 
 
-def test_ensemble_is_the_mean_of_instances_that_differ(trained):
+def test_ensemble_is_the_mean_of_instances_that_differ(name, trained):
     model, x, _, _ = trained
     options = {"num_samples": 2, "seed": 1, "verbose": 0}
     samples = model.ensemble_predict(x, return_samples=True, **options)
@@ -224,11 +224,14 @@ def test_ensemble_is_the_mean_of_instances_that_differ(trained):
         sample = model.ensemble_predict(x, return_samples=True, **options)
         expected = to_numpy(decode(outputs, inputs))
         assert_same(keras.tree.map_structure(lambda s: s[0], sample), expected)
-    # An output may lie before all adapters, as encoded images do.
-    assert any(
+    if name.startswith("StableDiffusion3"):
+        del samples["latents"]  # Encoded images, which lie before all adapters.
+    differ = [
         np.abs(sample[0] - sample[1]).max() > 1e-6
         for sample in keras.tree.flatten(samples)
-    )
+    ]
+    # Of decoded boxes, the number may be the same.
+    assert all(differ) if decode is None else any(differ)
 
 
 def test_parallel_instances_are_those_in_sequence(name):
