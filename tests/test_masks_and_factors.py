@@ -195,8 +195,9 @@ def test_equations_that_are_no_single_matrix(equation):
         factors.einsum_axes(equation, shape, equation.index(","))
 
 
+@pytest.mark.parametrize("bias", [None, [1000.0, 2000.0]])
 @pytest.mark.parametrize("in_groups", [False, True])
-def test_adapted_product_by_hand(in_groups):
+def test_adapted_product_by_hand(in_groups, bias):
     product = factors.adapted_product(
         ops.convert_to_tensor([[1.0, 1.0], [1.0, 2.0]]),
         ops.convert_to_tensor([[100.0, 0.0], [0.0, 100.0]]),
@@ -204,9 +205,28 @@ def test_adapted_product_by_hand(in_groups):
         ops.convert_to_tensor([[[1.0, 10.0]], [[2.0, 0.0]]]),
         factors.dense_axes((2, 2)),
         in_groups=in_groups,
+        bias=None if bias is None else ops.convert_to_tensor(bias),
     )
     # Row 0: (1 + 2) * (1, 10); row 1, of the second group: 3 * (2, 0).
-    np.testing.assert_array_equal(array(product), [[103, 130], [106, 200]])
+    expected = np.add(
+        [[103, 130], [106, 200]], [0, 0] if bias is None else bias
+    )
+    np.testing.assert_array_equal(array(product), expected)
+
+
+@pytest.mark.parametrize(
+    ("equation", "bias_shape", "belongs"),
+    [
+        ("abc,cde->abde", (2, 3), True),
+        ("abc,cde->abde", (3,), False),
+        ("abc,cde->abde", (1, 3), False),
+        ("abc,cde->adbe", (2, 3), False),
+        ("abc,cde->abed", (2, 3), False),
+    ],
+)
+def test_whether_a_bias_belongs_to_rows(equation, bias_shape, belongs):
+    axes = factors.einsum_axes(equation, (4, 2, 3), 3)
+    assert axes.belongs_to_rows(bias_shape) is belongs
 
 
 # Instances

@@ -13,6 +13,7 @@ from helpers import tiny_mlp
 from keras import ops
 
 import keras_lora_dropout as kld
+from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import masks
 
 COMBINATIONS = [
@@ -67,6 +68,25 @@ def test_parallel_equals_sequential(mask_sharing):
     assert_same_step(
         step("parallel", mask_sharing), step("sequential", mask_sharing)
     )
+
+
+def test_parallel_equals_sequential_for_large_inputs():
+    """On torch, large stacks of inputs have a gradient of their own."""
+    data = classification_data(examples=factors.LARGE_INPUT // (3 * 6) + 1)
+    assert_same_step(step("parallel", data=data), step("sequential", data=data))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="autocast is torch's own")
+def test_large_inputs_under_autocast():
+    import torch
+
+    data = classification_data(examples=factors.LARGE_INPUT // (3 * 6) + 1)
+    plain, logs = step("parallel", data=data)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, cast_logs = step("parallel", data=data)
+    assert_close(cast_logs["loss"], logs["loss"], 0.02)
+    for path, gradient in plain.items():
+        assert_close(cast[path], gradient, 0.02)
 
 
 def test_the_step_is_the_mean_of_its_instances(monkeypatch):

@@ -118,9 +118,9 @@ class LeanDisentangledSelfAttention:
         # Row i of a block is shifted to the left by block - 1 - i entries: each
         # row one entry less than the row before.
         blocks, width = length // block, length + block
-        flat = scores[..., block - 1 : block - 1 + block * (width - 1)]
+        flat = scores[..., : block * (width - 1)]
         scores = ops.reshape(flat, (heads, blocks, -1, block, width - 1))
-        scores = ops.transpose(scores[..., :length], (2, 0, 1, 3, 4))
+        scores = ops.transpose(scores[..., block - 1 :], (2, 0, 1, 3, 4))
         return ops.reshape(scores, (-1, heads, length, length))
 
     def _project(self, projection, table, length, sign, in_parts):

@@ -8,6 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
+# Entries of an input from which on PyTorch's own gradient of A costs more than
+# a call of Python.
+LARGE_INPUT = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class FactorAxes:
@@ -72,6 +76,14 @@ class FactorAxes:
             return None, None
         by_role = dict(zip(self.kernel_permutation, kernel_axes, strict=True))
         return by_role.get(0), by_role.get(len(self.contracted))
+
+    def belongs_to_rows(self, bias_shape):
+        """Whether a bias has one entry for each column of the matrix, alike."""
+        in_order = tuple(range(len(self.output_permutation)))
+        return (
+            self.output_permutation == in_order
+            and tuple(bias_shape) == self.kept
+        )
 
     def deltas(self, factor_a, factor_b, keep=None):
         """Multiply the factors out.
@@ -173,6 +185,30 @@ def column_norms(kernel, axes, factor_a=None, factor_b=None):
     return ops.sqrt(ops.maximum(squares, 0.0))
 
 
+def masked_pair(factor_a, factor_b, keep):
+    """Form `diag(mask_a) A` and `B diag(mask_b)` for each mask group.
+
+    Args:
+        factor_a: Tensor of shape `(input_dim, rank)`.
+        factor_b: Tensor of shape `(rank, output_dim)`.
+        keep: The masks `(groups, input_dim)` and `(groups, output_dim)`, or
+            `None` for none.
+
+    Returns:
+        Tensors of shape `(groups, input_dim, rank)` and `(groups, rank,
+        output_dim)`; without masks, of one group.
+    """
+    if keep is None:
+        return ops.expand_dims(factor_a, 0), ops.expand_dims(factor_b, 0)
+    mask_a, mask_b = (ops.expand_dims(mask, 1) for mask in keep)
+    # With the few ranks as its rows, A's gradient is a product of few long
+    # rows, several times as fast on CPUs as one of many short ones.
+    columns = ops.transpose(factor_a) * mask_a
+    if keras.config.backend() == "torch":
+        columns = columns.contiguous()
+    return ops.swapaxes(columns, 1, 2), factor_b * mask_b
+
+
 def kernel_product(inputs, kernel, axes, gain=None):
     """Multiply the input of a layer by its kernel.
 
@@ -200,8 +236,9 @@ def adapted_product(
     shared=False,
     in_groups=False,
     gain=None,
+    bias=None,
 ):
-    """Compute `inputs @ kernel * gain + inputs @ factor_a @ factor_b`.
+    """Compute `inputs @ kernel * gain + inputs @ factor_a @ factor_b + bias`.
 
     No tensor of the size of `factor_a @ factor_b` is formed.
 
@@ -217,32 +254,37 @@ def adapted_product(
         in_groups: Boolean. Whether the kernel's product is computed block by
             block, too: with a copy of the kernel for each group.
         gain: As for `kernel_product`.
+        bias: `None`, or a tensor of the shape `axes.kept`.
 
     Returns:
         Tensor of the layer's output shape.
     """
     x, free_shape = _rows(inputs, axes)
     kernel = _kernel_matrix(kernel, axes)
+    if bias is not None:
+        bias = ops.reshape(bias, (axes.output_dim,))
     groups = factor_a.shape[0]
     if groups is None:
         groups = ops.shape(factor_a)[0]
     if isinstance(groups, int) and groups == 1:
-        total, low = _base_product(x, kernel, gain), ops.matmul(x, factor_a[0])
+        total = _base_product(x, kernel, gain, bias)
+        low = ops.matmul(x, factor_a[0])
         total = _add_product(total, low, factor_b[0])
     elif shared:
         low = ops.einsum("sc,gcr->gsr", x, factor_a)
-        base = _base_product(x, kernel, gain)
+        base = _base_product(x, kernel, gain, bias)
         total = ops.add(base, ops.matmul(low, factor_b))
         free_shape = (groups, *free_shape[1:])
     else:
         blocks = ops.reshape(x, (groups, -1, axes.input_dim))
         if in_groups:
             kernels = ops.broadcast_to(kernel, (groups, *kernel.shape))
-            total = _base_product(blocks, kernels, gain)
+            total = _base_product(blocks, kernels, gain, bias)
         else:
             shape = groups, -1, axes.output_dim
-            total = ops.reshape(_base_product(x, kernel, gain), shape)
-        total = _add_product(total, ops.matmul(blocks, factor_a), factor_b)
+            total = _base_product(x, kernel, gain, bias)
+            total = ops.reshape(total, shape)
+        total = _add_product(total, _low_rank(blocks, factor_a), factor_b)
     return _output(total, free_shape, axes)
 
 
@@ -284,9 +326,18 @@ def shared_parts(inputs, factor_a, factor_b, axes):
     return low, high
 
 
-def _base_product(rows, kernel, gain):
-    product = ops.matmul(rows, kernel)
-    return product if gain is None else product * gain
+def _base_product(rows, kernel, gain, bias=None):
+    if bias is None:
+        product = ops.matmul(rows, kernel)
+        return product if gain is None else product * gain
+    if (
+        keras.config.backend() == "torch"
+        and gain is None
+        and len(rows.shape) == 2
+        and bias.dtype == kernel.dtype == rows.dtype
+    ):
+        return bias.addmm(rows, kernel)
+    return ops.add(_base_product(rows, kernel, gain), bias)
 
 
 def _rows(inputs, axes):
@@ -316,12 +367,40 @@ def _kernel_matrix(kernel, axes):
     return ops.reshape(kernel, (axes.input_dim, axes.output_dim))
 
 
+def _low_rank(blocks, factor_a):
+    """Return `blocks @ factor_a`, for groups of both."""
+    on_torch = keras.config.backend() == "torch"
+    if not (
+        on_torch
+        and factor_a.requires_grad
+        and math.prod(blocks.shape) >= LARGE_INPUT
+    ):
+        return ops.matmul(blocks, factor_a)
+
+    @ops.custom_gradient
+    def product(blocks, factor_a):
+        def gradient(blocks, factor_a, upstream):
+            # For A, PyTorch would multiply in the other order, whose many
+            # short rows take six times as long; see `masked_pair`.
+            blocks, factor_a = (
+                ops.cast(x, upstream.dtype) for x in (blocks, factor_a)
+            )
+            rows = ops.matmul(ops.swapaxes(upstream, 1, 2), blocks)
+            columns = ops.swapaxes(factor_a, 1, 2)
+            return ops.matmul(upstream, columns), ops.swapaxes(rows, 1, 2)
+
+        return ops.matmul(blocks, factor_a), gradient
+
+    return product(blocks, factor_a)
+
+
 def _add_product(total, left, right):
-    """Return `total + left @ right`; the dtype is that of `total`."""
+    """Return `total + left @ right` in the dtype of `total`, maybe in place."""
     if keras.config.backend() != "torch":
         return ops.add(total, ops.matmul(left, right))
-    # In one operation: else, the product is written and read once more.
-    add = total.addmm if len(total.shape) == 2 else total.baddbmm
+    # In one operation: else, the product is written and read once more. Stacks
+    # are views, whose gradient would be copied if they were written to.
+    add = total.addmm_ if len(total.shape) == 2 else total.baddbmm
     return add(left, ops.cast(right, total.dtype))
 
 

@@ -17,26 +17,24 @@ class AdaptedLinear(LoRADropoutAdapter):
     quantization_modes = quantized.MODES
 
     def _adapted_product(self, inputs, training):
-        """The kernel's product and the adapter's part, [L] Eq. 2-3.
+        """The kernel's product, the adapter's part and the bias, [L] Eq. 2-3.
 
         `diag(mask_a) A` and `B diag(mask_b)` are formed once per mask, in the
         size of the factors; activations are never multiplied by a mask.
 
         Returns:
-            The layer's output without its bias; a tuple of its parts where
-            the pass asks for them.
+            The layer's output; a tuple of its parts where the pass asks for
+            them.
         """
         axes = self._axes
-        *pair, keep = self._current_factors(training)
-        factor_a, factor_b = (ops.expand_dims(factor, 0) for factor in pair)
+        factor_a, factor_b, keep = self._current_factors(training)
         shared = in_parts = False
         if keep is not None:
             shared, in_parts = self._what_is_shared()
             if not shared:
                 groups = keep[0].shape[0]
                 self._check_groups(inputs, groups, axes.batch_leads)
-            factor_a = factor_a * ops.expand_dims(keep[0], 2)
-            factor_b = factor_b * ops.expand_dims(keep[1], 1)
+        factor_a, factor_b = factors.masked_pair(factor_a, factor_b, keep)
         factor_a, factor_b = self.minus_initial(factor_a, factor_b)
         gain = self.gain()
         if gain is not None:
@@ -44,20 +42,35 @@ class AdaptedLinear(LoRADropoutAdapter):
             factor_b = factor_b * gain
         pair = factor_a, factor_b, axes
         if in_parts:
-            base = self._kernel_product(inputs, gain)
+            base = self._plus_bias(self._kernel_product(inputs, gain))
             return base, *factors.shared_parts(inputs, *pair)
         if quantized.is_quantized(self):
             delta = factors.delta_product(inputs, *pair, shared=shared)
-            return ops.add(self._kernel_product(inputs), delta)
+            base = self._kernel_product(inputs)
+            return self._plus_bias(ops.add(base, delta))
         in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
-        return factors.adapted_product(
+        bias = self._bias_of_rows()
+        product = factors.adapted_product(
             inputs,
             self.kernel,
             *pair,
             shared=shared,
             in_groups=in_groups,
             gain=gain,
+            bias=bias,
         )
+        return self._plus_bias(product) if bias is None else product
+
+    def _bias_of_rows(self):
+        """The bias if a product takes it along, which saves a pass on torch."""
+        on_torch = keras.config.backend() == "torch"
+        if not on_torch or self.bias is None:
+            return None
+        bias = ops.convert_to_tensor(self.bias)
+        return bias if self._axes.belongs_to_rows(bias.shape) else None
+
+    def _plus_bias(self, x):
+        return x if self.bias is None else ops.add(x, self.bias)
 
     def _kernel_product(self, inputs, gain=None):
         if not quantized.is_quantized(self):
@@ -85,15 +98,8 @@ class AdaptedLinear(LoRADropoutAdapter):
         if self._adds_delta:
             x = self._adapted_product(inputs, training)
         else:
-            x = self._kernel_product(inputs)
-        parts = ()
-        if isinstance(x, tuple):
-            x, *parts = x
-        if self.bias is not None:
-            x = ops.add(x, self.bias)
-        if parts:
-            return x, *parts
-        if self.activation is not None:
+            x = self._plus_bias(self._kernel_product(inputs))
+        if self.activation is not None and not isinstance(x, tuple):
             x = self._activate(x, training)
         return x
 
