@@ -96,6 +96,11 @@ def set_random(variables, seed=0, scale=0.5):
             variable.assign(generator.normal(0, scale, variable.shape))
 
 
+def set_biases(model):
+    """Give all biases random values: Keras starts them at zero."""
+    set_random([weight for weight in model.weights if weight.name == "bias"])
+
+
 def move_factors(model, scale=0.1):
     """Move all factors from where they started."""
     generator = np.random.default_rng(5)

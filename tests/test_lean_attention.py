@@ -11,6 +11,7 @@ from families import deberta
 from helpers import BACKEND
 from helpers import array
 from helpers import randomize
+from helpers import set_biases
 
 import keras_lora_dropout as kld
 from keras_lora_dropout.architectures import deberta_v3
@@ -182,6 +183,7 @@ def test_training_and_ensembles_are_the_same(mask_sharing, length, rows):
         )
         assert bool(deberta_v3.lean_layers(model)) == optimize
         randomize(model)
+        set_biases(model)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.SGD(0.1), loss)
         x = batch(length, rows)

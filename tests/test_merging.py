@@ -11,6 +11,7 @@ from helpers import array
 from helpers import assert_close
 from helpers import classification_data
 from helpers import randomize
+from helpers import set_biases
 from helpers import set_random
 from saved_models import KINDS
 from saved_models import compiled
@@ -173,6 +174,7 @@ def test_unmerge_needs_what_merge_kept():
 
 def test_disabled_adapters():
     model = adapted_mlp()
+    set_biases(model)
     x, y = classification_data()
     plain_weights = [array(w) for w in model.weights if "lora" not in w.path]
     base = saved_plain(plain_weights).predict(x, verbose=0)
