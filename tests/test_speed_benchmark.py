@@ -37,7 +37,7 @@ def smoke(folder, *arguments):
 
 
 def read(folder):
-    (path,) = folder.glob("speed_*_smoke_cpu.json")
+    (path,) = folder.glob("speed_*_smoke_cpu*.json")
     return json.loads(path.read_text())
 
 
@@ -92,15 +92,18 @@ def test_a_contender_that_fails_is_reported(tmp_path):
         tmp_path,
         *("--backends", BACKEND, "--contenders", "kerashub,n1"),
         *("--model", "llama", "--rank", "17"),
-        *("--one-at-a-time", "--rounds", "2"),
+        *("--one-at-a-time", "--rounds", "2", "--keep-memory"),
     )
-    assert content["finished"]
+    assert content["finished"] and content["keeps_memory"]
     for row in rows_of(content, "n1").values():
         assert "ValueError" in row["failed"] and "rank" in row["failed"]
         assert row["ms"] == []
     for row in rows_of(content, "kerashub").values():
         assert row["failed"] is None and len(row["ms"]) == 3
     assert "no training step, `predict`: ValueError" in printed
+    run("speed_report.py", "--input", tmp_path)
+    page = (tmp_path / "speed.md").read_text()
+    assert "## Llama, smoke, CPU, memory kept" in page
 
 
 def test_a_killed_run_leaves_what_was_finished(tmp_path):

@@ -58,6 +58,11 @@ def make_parser(description):
         add(name, type=names_of(known), default=known, help=words)
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--threads", type=positive, default=available_cores())
+    add(
+        "--keep-memory",
+        action="store_true",
+        help="processes keep memory that they free, in large pages (glibc)",
+    )
     add("--warm-up", type=positive, help="calls that are not measured")
     add("--repeats", type=positive, help="samples of each action")
     add(

@@ -9,6 +9,7 @@ comparable of two libraries without a clock.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 
@@ -40,8 +41,9 @@ def flops_of(workload, key):
         side, entries = peft_side, contenders.PEFT
     actions, _ = side.build(workload, entries[key].options)
     actions["train"]()
-    # The counter knows this product only where it makes a new tensor.
-    in_place = {torch.ops.aten.addmm_: flops_in_place}
+    # The counter knows these products only where they make new tensors.
+    aten = torch.ops.aten
+    in_place = dict.fromkeys((aten.addmm_, aten.baddbmm_), flops_in_place)
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         actions["train"]()
     return counter.get_total_flops()
@@ -49,7 +51,7 @@ def flops_of(workload, key):
 
 def flops_in_place(total, left, right, **kwargs):
     """Return the operations of `total += left @ right`, given their shapes."""
-    return 2 * left[0] * left[1] * right[1]
+    return 2 * math.prod(left) * right[-1]
 
 
 def main():

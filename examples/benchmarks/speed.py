@@ -48,7 +48,8 @@ def main():
     }
     folder = pathlib.Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"speed_{workload.model}_{workload.scale}_{options.device}.json"
+    where = options.device + ("_kept" if options.keep_memory else "")
+    name = f"speed_{workload.model}_{workload.scale}_{where}.json"
     results = Results(folder / name, describe(options, workload), planned)
     results.save()
     samples = options.repeats * sum(map(len, planned.values()))
@@ -185,6 +186,7 @@ def describe(options, workload):
         "rank": workload.rank,
         "optimizer": "Adam, 1e-4",
         "threads": options.threads,
+        "keeps_memory": options.keep_memory,
         "warm_up": options.warm_up,
         "repeats": options.repeats,
         "visits": options.rounds if options.one_at_a_time else None,

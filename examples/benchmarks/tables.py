@@ -19,7 +19,10 @@ NOTHING = "-"
 
 def title(content):
     model = MODEL_NAMES[content["model"]]
-    return f"{model}, {content['scale']}, {DEVICE_NAMES[content['device']]}"
+    where = DEVICE_NAMES[content["device"]]
+    if content.get("keeps_memory"):
+        where += ", memory kept"
+    return f"{model}, {content['scale']}, {where}"
 
 
 def conditions(content):
