@@ -13,7 +13,7 @@ from helpers import tiny_mlp
 from keras import ops
 
 import keras_lora_dropout as kld
-from keras_lora_dropout.core import factors
+from keras_lora_dropout.core import grouped_product
 from keras_lora_dropout.core import masks
 
 COMBINATIONS = [
@@ -50,6 +50,7 @@ def step(sampling="parallel", mask_sharing="batch", data=None, **options):
         sampling=sampling,
         mask_sharing=mask_sharing,
         num_samples=options.pop("num_samples", 3),
+        use_dora=options.pop("use_dora", False),
     )
     x, y = data or classification_data()
     return gradients_of(model, x, y, **options)
@@ -70,17 +71,26 @@ def test_parallel_equals_sequential(mask_sharing):
     )
 
 
-def test_parallel_equals_sequential_for_large_inputs():
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_parallel_equals_sequential_for_large_inputs(use_dora):
     """On torch, large stacks of inputs have a gradient of their own."""
-    data = classification_data(examples=factors.LARGE_INPUT // (3 * 6) + 1)
-    assert_same_step(step("parallel", data=data), step("sequential", data=data))
+    data = classification_data(
+        examples=grouped_product.LARGE_INPUT // (3 * 6) + 1
+    )
+    parallel, sequential = (
+        step(way, data=data, use_dora=use_dora)
+        for way in ("parallel", "sequential")
+    )
+    assert_same_step(parallel, sequential)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="autocast is torch's own")
 def test_large_inputs_under_autocast():
     import torch
 
-    data = classification_data(examples=factors.LARGE_INPUT // (3 * 6) + 1)
+    data = classification_data(
+        examples=grouped_product.LARGE_INPUT // (3 * 6) + 1
+    )
     plain, logs = step("parallel", data=data)
     with torch.autocast("cpu", torch.bfloat16):
         cast, cast_logs = step("parallel", data=data)

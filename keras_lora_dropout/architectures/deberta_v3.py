@@ -23,6 +23,7 @@ from keras import ops
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.masks import current_draws
 from keras_lora_dropout.core.masks import shared_inputs
+from keras_lora_dropout.core.shapes import reshape
 
 logger = logging.getLogger("keras_lora_dropout")
 
@@ -68,8 +69,11 @@ class LeanDisentangledSelfAttention:
         table = self._position_dropout_layer(table, training=training)
         query = query * self.scale_factor
         scores = ops.einsum("bihd,bjhd->bhij", query, key)
-        scores += self._scores_of_distances(query, self._key_dense, table, -1)
-        scores += ops.swapaxes(
+        # Never in place: PyTorch copies the gradients of views written to.
+        scores = scores + self._scores_of_distances(
+            query, self._key_dense, table, -1
+        )
+        scores = scores + ops.swapaxes(
             self._scores_of_distances(
                 key * self.scale_factor, self._query_dense, table, 1
             ),
@@ -110,18 +114,17 @@ class LeanDisentangledSelfAttention:
         if low_rank:
             low, high = low_rank
             shape = low.shape[0], -1, length, heads, size
-            states = ops.reshape(states, shape)
+            states = reshape(states, shape)
             states = ops.einsum("gbihd,grhd->gbihr", states, high)
-            states = ops.reshape(states, (rows, length, heads, -1))
-            low = ops.repeat(ops.expand_dims(low, 2), heads, axis=2)
-            scores += _meet(states, low, block)
+            states = reshape(states, (rows, length, heads, -1))
+            scores = scores + _meet(states, low, block)
         # Row i of a block is shifted to the left by block - 1 - i entries: each
         # row one entry less than the row before.
         blocks, width = length // block, length + block
         flat = scores[..., : block * (width - 1)]
-        scores = ops.reshape(flat, (heads, blocks, -1, block, width - 1))
+        scores = reshape(flat, (heads, blocks, -1, block, width - 1))
         scores = ops.transpose(scores[..., block - 1 :], (2, 0, 1, 3, 4))
-        return ops.reshape(scores, (-1, heads, length, length))
+        return reshape(scores, (-1, heads, length, length))
 
     def _project(self, projection, table, length, sign, in_parts):
         """Project the rows of `sign * d` for d from `1 - length` to `length`.
@@ -247,9 +250,9 @@ def _take_rows(tensor, rows):
     if tensor.shape[0] > 1:
         return ops.take(tensor, rows, axis=1)
     # Of a matrix: else, Keras on torch squeezes the axis, which ONNX refuses.
-    matrix = ops.reshape(tensor, (tensor.shape[1], -1))
+    matrix = reshape(tensor, (tensor.shape[1], -1))
     taken = ops.take(matrix, rows, axis=0)
-    return ops.reshape(taken, (1, -1, *tensor.shape[2:]))
+    return reshape(taken, (1, -1, *tensor.shape[2:]))
 
 
 def _are_few(rows, groups):
@@ -263,7 +266,8 @@ def _meet(states, positions, block):
 
     Args:
         states: Tensor of shape `(rows, length, heads, size)`.
-        positions: Tensor of shape `(groups, 2 * length, heads, size)`.
+        positions: Tensor of shape `(groups, 2 * length, heads, size)`, or
+            `(groups, 2 * length, size)` if they are the same for all heads.
         block: Number of queries of a block; it divides the length.
 
     Returns:
@@ -279,9 +283,10 @@ def _meet(states, positions, block):
         ],
         axis=1,
     )
-    states = ops.reshape(states, (groups, -1, blocks, block, heads, size))
-    scores = ops.einsum("gbnihd,gnwhd->hngbiw", states, windows)
-    return ops.reshape(scores, (heads, blocks, -1, block * width))
+    states = reshape(states, (groups, -1, blocks, block, heads, size))
+    of_windows = "gnwd" if len(windows.shape) == 4 else "gnwhd"
+    scores = ops.einsum(f"gbnihd,{of_windows}->hngbiw", states, windows)
+    return reshape(scores, (heads, blocks, -1, block * width))
 
 
 def _block_size(length):

@@ -5,6 +5,8 @@ import math
 
 from keras import ops
 
+from keras_lora_dropout.core.shapes import reshape
+
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionAxes:
@@ -53,14 +55,14 @@ class ConvolutionAxes:
         delta = ops.matmul(factor_a, factor_b)
         if keep is not None:
             of_filters = ops.repeat(
-                ops.reshape(keep[0], (self.groups, -1)),
+                reshape(keep[0], (self.groups, -1)),
                 self.filters // self.groups,
                 axis=0,
             )
             shape = math.prod(self.window), -1, self.filters
-            delta = ops.reshape(delta, shape)
+            delta = reshape(delta, shape)
             delta = delta * ops.transpose(of_filters) * keep[1]
-        return [ops.reshape(delta, self.kernel_shape)]
+        return [reshape(delta, self.kernel_shape)]
 
     def low_kernel(self, factor_a, mask_a=None):
         """Return the kernel that maps the input to what B is applied to.
@@ -74,13 +76,13 @@ class ConvolutionAxes:
         """
         each = self.channels // self.groups
         rank = factor_a.shape[-1]
-        kernel = ops.reshape(factor_a, (-1, each, 1, rank))
+        kernel = reshape(factor_a, (-1, each, 1, rank))
         if mask_a is None:
             kernel = ops.repeat(kernel, self.groups, axis=2)
         else:
-            mask = ops.transpose(ops.reshape(mask_a, (self.groups, each)))
+            mask = ops.transpose(reshape(mask_a, (self.groups, each)))
             kernel = kernel * ops.expand_dims(mask, 2)
-        return ops.reshape(kernel, (*self.window, each, self.groups * rank))
+        return reshape(kernel, (*self.window, each, self.groups * rank))
 
     def high_product(self, low, factor_b, mask_b=None):
         """Apply B to each place.
@@ -100,13 +102,13 @@ class ConvolutionAxes:
         if mask_b is not None:
             factor_b = factor_b * ops.expand_dims(mask_b, 1)
         instances = factor_b.shape[0]
-        low = ops.reshape(low, (instances, -1, self.groups, rank))
-        high = ops.reshape(factor_b, (instances, rank, self.groups, -1))
+        low = reshape(low, (instances, -1, self.groups, rank))
+        high = reshape(factor_b, (instances, rank, self.groups, -1))
         if self.groups == 1:
             product = ops.matmul(low[:, :, 0], high[:, :, 0])
         else:
             product = ops.einsum("nsgr,nrgo->nsgo", low, high)
-        return ops.reshape(product, (*shape, self.filters))
+        return reshape(product, (*shape, self.filters))
 
 
 def convolution_axes(kernel_shape, groups):

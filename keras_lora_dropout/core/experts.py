@@ -5,6 +5,8 @@ import itertools
 
 from keras import ops
 
+from keras_lora_dropout.core.shapes import reshape
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertAxes:
@@ -53,8 +55,8 @@ class ExpertAxes:
         for experts, rows, columns in self.shapes:
             below = first_row + experts * rows
             beside = first_column + experts * columns
-            a = ops.reshape(factor_a[first_row:below], (experts, rows, rank))
-            b = ops.reshape(
+            a = reshape(factor_a[first_row:below], (experts, rows, rank))
+            b = reshape(
                 factor_b[:, first_column:beside], (rank, experts, columns)
             )
             found.append((a, ops.transpose(b, (1, 0, 2))))

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from keras import ops
 
-# Entries of an input from which on PyTorch's own gradient of A costs more than
-# a call of Python.
-LARGE_INPUT = 2**18
+from keras_lora_dropout.core.grouped_product import grouped_product
+from keras_lora_dropout.core.grouped_product import is_cheaper
+from keras_lora_dropout.core.shapes import reshape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class FactorAxes:
         if keep is not None:
             factor_a = factor_a * ops.expand_dims(keep[0], 1)
             factor_b = factor_b * keep[1]
-        delta = ops.reshape(
+        delta = reshape(
             ops.matmul(factor_a, factor_b), (*self.contracted, *self.kept)
         )
         return [ops.transpose(delta, self.kernel_permutation)]
@@ -107,7 +107,7 @@ class FactorAxes:
     def columns(self, values):
         """Give values, one for each output feature, the axes of the kernel."""
         shape = *[1] * len(self.contracted), *self.kept
-        values = ops.reshape(values, shape)
+        values = reshape(values, shape)
         return ops.transpose(values, self.kernel_permutation)
 
 
@@ -198,15 +198,17 @@ def masked_pair(factor_a, factor_b, keep):
         Tensors of shape `(groups, input_dim, rank)` and `(groups, rank,
         output_dim)`; without masks, of one group.
     """
-    if keep is None:
-        return ops.expand_dims(factor_a, 0), ops.expand_dims(factor_b, 0)
-    mask_a, mask_b = (ops.expand_dims(mask, 1) for mask in keep)
     # With the few ranks as its rows, A's gradient is a product of few long
     # rows, several times as fast on CPUs as one of many short ones.
-    columns = ops.transpose(factor_a) * mask_a
+    columns = ops.transpose(factor_a)
     if keras.config.backend() == "torch":
         columns = columns.contiguous()
-    return ops.swapaxes(columns, 1, 2), factor_b * mask_b
+    if keep is None:
+        columns, factor_b = (ops.expand_dims(f, 0) for f in (columns, factor_b))
+    else:
+        mask_a, mask_b = (ops.expand_dims(mask, 1) for mask in keep)
+        columns, factor_b = columns * mask_a, factor_b * mask_b
+    return ops.swapaxes(columns, 1, 2), factor_b
 
 
 def kernel_product(inputs, kernel, axes, gain=None):
@@ -262,29 +264,32 @@ def adapted_product(
     x, free_shape = _rows(inputs, axes)
     kernel = _kernel_matrix(kernel, axes)
     if bias is not None:
-        bias = ops.reshape(bias, (axes.output_dim,))
+        bias = reshape(bias, (axes.output_dim,))
     groups = factor_a.shape[0]
     if groups is None:
         groups = ops.shape(factor_a)[0]
     if isinstance(groups, int) and groups == 1:
         total = _base_product(x, kernel, gain, bias)
-        low = ops.matmul(x, factor_a[0])
-        total = _add_product(total, low, factor_b[0])
+        # By its index, a group's gradient would be copied into zeros.
+        factor_a, factor_b = (ops.squeeze(f, 0) for f in (factor_a, factor_b))
+        total = _add_low_rank(total, x, factor_a, factor_b)
     elif shared:
         low = ops.einsum("sc,gcr->gsr", x, factor_a)
         base = _base_product(x, kernel, gain, bias)
         total = ops.add(base, ops.matmul(low, factor_b))
         free_shape = (groups, *free_shape[1:])
+    elif gain is None and is_cheaper(x, kernel, factor_a, bias):
+        total = grouped_product(x, kernel, factor_a, factor_b, bias)
     else:
-        blocks = ops.reshape(x, (groups, -1, axes.input_dim))
+        blocks = reshape(x, (groups, -1, axes.input_dim))
         if in_groups:
             kernels = ops.broadcast_to(kernel, (groups, *kernel.shape))
             total = _base_product(blocks, kernels, gain, bias)
         else:
             shape = groups, -1, axes.output_dim
             total = _base_product(x, kernel, gain, bias)
-            total = ops.reshape(total, shape)
-        total = _add_product(total, _low_rank(blocks, factor_a), factor_b)
+            total = reshape(total, shape)
+        total = _add_low_rank(total, blocks, factor_a, factor_b)
     return _output(total, free_shape, axes)
 
 
@@ -303,7 +308,7 @@ def delta_product(inputs, factor_a, factor_b, axes, shared=False):
         low = ops.einsum("sc,gcr->gsr", x, factor_a)
         free_shape = (groups, *free_shape[1:])
     else:
-        low = ops.matmul(ops.reshape(x, (groups, -1, axes.input_dim)), factor_a)
+        low = ops.matmul(reshape(x, (groups, -1, axes.input_dim)), factor_a)
     return _output(ops.matmul(low, factor_b), free_shape, axes)
 
 
@@ -322,7 +327,7 @@ def shared_parts(inputs, factor_a, factor_b, axes):
     """
     x, _ = _rows(inputs, axes)
     low = ops.einsum("sc,gcr->gsr", x, factor_a)
-    high = ops.reshape(factor_b, (*factor_b.shape[:2], *axes.kept))
+    high = reshape(factor_b, (*factor_b.shape[:2], *axes.kept))
     return low, high
 
 
@@ -347,12 +352,12 @@ def _rows(inputs, axes):
         x = ops.transpose(x, axes.permutation)
     free_shape = tuple(ops.shape(x))[: len(x.shape) - len(axes.contracted)]
     # On CPUs, XLA multiplies matrices far faster than tensors.
-    return ops.reshape(x, (-1, axes.input_dim)), free_shape
+    return reshape(x, (-1, axes.input_dim)), free_shape
 
 
 def _output(rows, free_shape, axes):
     """Give rows `(..., output_dim)` the axes of the layer's output."""
-    output = ops.reshape(rows, (*free_shape, *axes.kept))
+    output = reshape(rows, (*free_shape, *axes.kept))
     if axes.output_permutation != tuple(range(len(axes.output_permutation))):
         output = ops.transpose(output, axes.output_permutation)
     return output
@@ -360,48 +365,25 @@ def _output(rows, free_shape, axes):
 
 def _kernel_matrix(kernel, axes):
     """Return a kernel as the matrix `(input_dim, output_dim)`."""
-    order = np.argsort(axes.kernel_permutation).tolist()
     kernel = ops.convert_to_tensor(kernel)
-    if order != sorted(order):
+    in_order = tuple(range(len(axes.kernel_permutation)))
+    if axes.kernel_permutation != in_order:
+        order = np.argsort(axes.kernel_permutation).tolist()
         kernel = ops.transpose(kernel, order)
-    return ops.reshape(kernel, (axes.input_dim, axes.output_dim))
+    return reshape(kernel, (axes.input_dim, axes.output_dim))
 
 
-def _low_rank(blocks, factor_a):
-    """Return `blocks @ factor_a`, for groups of both."""
-    on_torch = keras.config.backend() == "torch"
-    if not (
-        on_torch
-        and factor_a.requires_grad
-        and math.prod(blocks.shape) >= LARGE_INPUT
-    ):
-        return ops.matmul(blocks, factor_a)
-
-    @ops.custom_gradient
-    def product(blocks, factor_a):
-        def gradient(blocks, factor_a, upstream):
-            # For A, PyTorch would multiply in the other order, whose many
-            # short rows take six times as long; see `masked_pair`.
-            blocks, factor_a = (
-                ops.cast(x, upstream.dtype) for x in (blocks, factor_a)
-            )
-            rows = ops.matmul(ops.swapaxes(upstream, 1, 2), blocks)
-            columns = ops.swapaxes(factor_a, 1, 2)
-            return ops.matmul(upstream, columns), ops.swapaxes(rows, 1, 2)
-
-        return ops.matmul(blocks, factor_a), gradient
-
-    return product(blocks, factor_a)
-
-
-def _add_product(total, left, right):
-    """Return `total + left @ right` in the dtype of `total`, maybe in place."""
+def _add_low_rank(total, rows, factor_a, factor_b):
+    """Return `total + rows @ factor_a @ factor_b`, maybe in place."""
     if keras.config.backend() != "torch":
-        return ops.add(total, ops.matmul(left, right))
+        low = ops.matmul(rows, factor_a)
+        return ops.add(total, ops.matmul(low, factor_b))
+    factor_b = ops.cast(factor_b, total.dtype)
     # In one operation: else, the product is written and read once more. Stacks
     # are views, whose gradient would be copied if they were written to.
-    add = total.addmm_ if len(total.shape) == 2 else total.baddbmm
-    return add(left, ops.cast(right, total.dtype))
+    if len(total.shape) == 2:
+        return total.addmm_(ops.matmul(rows, factor_a), factor_b)
+    return total.baddbmm(ops.matmul(rows, factor_a), factor_b)
 
 
 def stacks(shapes):

@@ -17,6 +17,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core.keras_internals import copy_mask
+from keras_lora_dropout.core.shapes import reshape
 
 LAYOUT_ADVICE = (
     "To run one mask instance after another instead, pass "
@@ -57,9 +58,9 @@ def tile(structure, num_instances):
 def _repeat(num_instances, tensor):
     shape = ops.shape(tensor)
     shards = data_shards(shape[0])
-    parts = ops.reshape(tensor, (shards, -1, *shape[1:]))
+    parts = reshape(tensor, (shards, -1, *shape[1:]))
     tiled = ops.concatenate([parts] * num_instances, axis=1)
-    return ops.reshape(tiled, (-1, *shape[1:]))
+    return reshape(tiled, (-1, *shape[1:]))
 
 
 def data_shards(rows):
@@ -92,11 +93,11 @@ def lay_out(values, rows):
     num_instances, groups, *shape = values.shape
     shards = data_shards(rows)
     if shards == 1:
-        return ops.reshape(values, (-1, *shape))
+        return reshape(values, (-1, *shape))
     if groups == 1:
         values = ops.repeat(values, shards, axis=1)
-    values = ops.reshape(values, (num_instances, shards, -1, *shape))
-    blocks = ops.reshape(ops.swapaxes(values, 0, 1), (-1, *shape))
+    values = reshape(values, (num_instances, shards, -1, *shape))
+    blocks = reshape(ops.swapaxes(values, 0, 1), (-1, *shape))
     # Each device draws what it needs, instead of all of it.
     layout = keras.distribution.distribution().get_data_layout(blocks.shape)
     return keras.distribution.distribute_tensor(blocks, layout)
@@ -144,7 +145,7 @@ def blocks(tensor, num_instances):
     """
     parts = _parts(tensor, num_instances)
     shape = num_instances, -1, *ops.shape(tensor)[1:]
-    return ops.reshape(ops.swapaxes(parts, 0, 1), shape)
+    return reshape(ops.swapaxes(parts, 0, 1), shape)
 
 
 def join(values):
@@ -158,15 +159,15 @@ def join(values):
         tiled batch.
     """
     num_instances, rows, *shape = ops.shape(values)
-    parts = ops.reshape(values, (num_instances, data_shards(rows), -1, *shape))
-    return ops.reshape(ops.swapaxes(parts, 0, 1), (-1, *shape))
+    parts = reshape(values, (num_instances, data_shards(rows), -1, *shape))
+    return reshape(ops.swapaxes(parts, 0, 1), (-1, *shape))
 
 
 def _parts(tensor, num_instances):
     """Return a tiled batch as `(shards, num_instances, B / shards, ...)`."""
     tiled, *shape = ops.shape(tensor)
     rows = tiled // num_instances if isinstance(tiled, int) else None
-    return ops.reshape(tensor, (data_shards(rows), num_instances, -1, *shape))
+    return reshape(tensor, (data_shards(rows), num_instances, -1, *shape))
 
 
 def _nth(n, num_instances, mask):
@@ -189,7 +190,7 @@ def mean_of_blocks(structure, num_instances):
         form = _Form(leaf)
         copy_mask(leaf, form, functools.partial(_nth, 0, num_instances))
         total = ops.sum(_widen(_parts(leaf, num_instances)), axis=1)
-        total = ops.reshape(total, (-1, *ops.shape(leaf)[1:]))
+        total = reshape(total, (-1, *ops.shape(leaf)[1:]))
         return form.give(total, num_instances)
 
     return keras.tree.map_structure(average, structure)

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core import convolution
+from keras_lora_dropout.core.shapes import reshape
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.adapt import adapts
 from keras_lora_dropout.layers.adapt import adapts_by
@@ -60,9 +61,9 @@ class AdaptedConvolution(LoRADropoutAdapter):
         groups, channels = mask.shape
         shape = [groups, 1, *[1] * (len(inputs.shape) - 1)]
         shape[self._channel_axis + (self._channel_axis > 0)] = channels
-        blocks = ops.reshape(inputs, (groups, -1, *ops.shape(inputs)[1:]))
-        masked = blocks * ops.reshape(mask, shape)
-        return ops.reshape(masked, ops.shape(inputs))
+        blocks = reshape(inputs, (groups, -1, *ops.shape(inputs)[1:]))
+        masked = blocks * reshape(mask, shape)
+        return reshape(masked, ops.shape(inputs))
 
     def _padded(self, inputs):
         if self.padding != "causal":

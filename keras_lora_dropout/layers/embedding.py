@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_lora_dropout.core import factors
 from keras_lora_dropout.core.keras_internals import set_keras_mask
+from keras_lora_dropout.core.shapes import reshape
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.adapt import adapts
 from keras_lora_dropout.layers.adapt import adapts_by
@@ -41,12 +42,12 @@ class AdaptedEmbedding(LoRADropoutAdapter):
         mask_a, mask_b = keep
         groups, shape = mask_a.shape[0], tuple(ops.shape(words))
         self._check_groups(words, groups)
-        blocks = ops.reshape(words, (groups, -1))
+        blocks = reshape(words, (groups, -1))
         kept = ops.take_along_axis(mask_a, blocks, axis=1)
-        low = ops.reshape(low, (groups, -1, factor_a.shape[1]))
+        low = reshape(low, (groups, -1, factor_a.shape[1]))
         low = low * ops.expand_dims(kept, 2)
         high = ops.matmul(low, factor_b * ops.expand_dims(mask_b, 1))
-        return ops.reshape(high, (*shape, factor_b.shape[1]))
+        return reshape(high, (*shape, factor_b.shape[1]))
 
 
 class AdaptedReversibleEmbedding(AdaptedEmbedding):
@@ -88,10 +89,10 @@ class AdaptedReversibleEmbedding(AdaptedEmbedding):
         mask_a, mask_b = (ops.cast(mask, inputs.dtype) for mask in keep)
         groups, shape = mask_a.shape[0], tuple(ops.shape(inputs))
         self._check_groups(inputs, groups)
-        blocks = ops.reshape(inputs, (groups, -1, shape[-1]))
+        blocks = reshape(inputs, (groups, -1, shape[-1]))
         rows = ops.matmul(blocks, high * ops.expand_dims(mask_b, 2))
         logits = ops.matmul(rows, low * ops.expand_dims(mask_a, 1))
-        return ops.reshape(logits, (*shape[:-1], self.input_dim))
+        return reshape(logits, (*shape[:-1], self.input_dim))
 
 
 class EmbeddingFactors(LoRAFactors):
