@@ -253,7 +253,9 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
         scale = masks.delta_scale(
             self.scaling, self.dropout_rate, self.rescale, keep is not None
         )
-        return factor_a, factor_b * scale, keep
+        if scale != 1:
+            factor_b = factor_b * scale
+        return factor_a, factor_b, keep
 
     @property
     def _adds_delta(self):
