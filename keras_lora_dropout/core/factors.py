@@ -375,15 +375,13 @@ def _kernel_matrix(kernel, axes):
 
 def _add_low_rank(total, rows, factor_a, factor_b):
     """Return `total + rows @ factor_a @ factor_b`, maybe in place."""
+    low = ops.matmul(rows, factor_a)
     if keras.config.backend() != "torch":
-        low = ops.matmul(rows, factor_a)
         return ops.add(total, ops.matmul(low, factor_b))
-    factor_b = ops.cast(factor_b, total.dtype)
     # In one operation: else, the product is written and read once more. Stacks
     # are views, whose gradient would be copied if they were written to.
-    if len(total.shape) == 2:
-        return total.addmm_(ops.matmul(rows, factor_a), factor_b)
-    return total.baddbmm(ops.matmul(rows, factor_a), factor_b)
+    add = total.addmm_ if len(total.shape) == 2 else total.baddbmm
+    return add(low, ops.cast(factor_b, total.dtype))
 
 
 def stacks(shapes):
