@@ -1,17 +1,21 @@
 """The benchmark of speed and memory, in its smallest form, for real."""
 
+import importlib
 import json
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from helpers import BACKEND
 
 FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "benchmarks"
 BACKENDS = "torch,peft" if BACKEND == "torch" else BACKEND
+MODULES = ["arguments", "children"]
 ACTIONS = ["train", "predict", "four_predicts", "ensemble_predict"]
 
 
@@ -194,6 +198,30 @@ def test_bad_command_lines_are_refused(tmp_path, arguments, message):
     printed = run("speed.py", "--output", tmp_path, *arguments, code=2)
     assert message in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("library", "can"),
+    [
+        (("glibc", "2.35"), True),
+        (("glibc", "3.0"), True),
+        (("glibc", "2.9"), False),
+        (("", ""), False),
+    ],
+)
+def test_memory_is_kept_where_the_library_can(monkeypatch, library, can):
+    monkeypatch.syspath_prepend(FOLDER)
+    arguments, children = map(importlib.import_module, MODULES)
+    monkeypatch.setattr(platform, "libc_ver", lambda: library)
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--keep-memory"])
+    if not can:
+        with pytest.raises(SystemExit):
+            arguments.parse("")
+        return
+    options, _ = arguments.parse("")
+    contender = types.SimpleNamespace(backend="jax")
+    variables = children.environment(contender, options)
+    assert "trim_threshold" in variables["GLIBC_TUNABLES"]
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):

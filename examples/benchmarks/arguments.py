@@ -8,6 +8,7 @@ from contenders import BACKENDS
 from contenders import KEYS
 from contenders import choose
 from machine import available_cores
+from machine import can_keep_memory
 from workloads import MODELS
 from workloads import SCALES
 from workloads import make_workload
@@ -37,6 +38,8 @@ def parse(description):
         )
     if options.threads > available_cores():
         parser.error(f"--threads: there are {available_cores()} cores")
+    if options.keep_memory and not can_keep_memory():
+        parser.error("--keep-memory needs Linux with glibc 2.35 or later")
     return options, workload
 
 

@@ -25,6 +25,13 @@ def limit_cores(count):
         os.sched_setaffinity(0, cores[:count])
 
 
+def can_keep_memory():
+    """Whether the C library has the settings of `children.KEEP_MEMORY`."""
+    name, version = platform.libc_ver()
+    numbers = [int(number) for number in re.findall(r"\d+", version)]
+    return name == "glibc" and numbers >= [2, 35]
+
+
 def memory_left():
     """Bytes that processes can still take, and all; `None` where unknown."""
     try:

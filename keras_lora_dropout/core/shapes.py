@@ -1,4 +1,4 @@
-"""Reshaping in the middle of a pass."""
+"""Reshaping in the passes of layers; elsewhere, Keras's own does as well."""
 
 import keras
 from keras import ops
