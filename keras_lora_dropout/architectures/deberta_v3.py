@@ -20,10 +20,14 @@ import logging
 
 from keras import ops
 
+from keras_lora_dropout.core.factors import add_low_rank
 from keras_lora_dropout.core.keras_internals import descendants
+from keras_lora_dropout.core.light_ops import matmul
+from keras_lora_dropout.core.light_ops import matrix_transpose
+from keras_lora_dropout.core.light_ops import reshape
+from keras_lora_dropout.core.light_ops import transpose
 from keras_lora_dropout.core.masks import current_draws
 from keras_lora_dropout.core.masks import shared_inputs
-from keras_lora_dropout.core.shapes import reshape
 
 logger = logging.getLogger("keras_lora_dropout")
 
@@ -66,23 +70,25 @@ class LeanDisentangledSelfAttention:
         if self._has_row_for_each_distance(length):
             middle = self.bucket_size  # The row of distance 0.
             table = table[:, middle - length : middle + length + 1]
-        table = self._position_dropout_layer(table, training=training)
+        # What `training` is, Keras tells both dropout layers, and sooner.
+        table = self._position_dropout_layer(table)
         query = query * self.scale_factor
-        scores = ops.einsum("bihd,bjhd->bhij", query, key)
+        scores = matmul(
+            transpose(query, (0, 2, 1, 3)), transpose(key, (0, 2, 3, 1))
+        )
         # Never in place: PyTorch copies the gradients of views written to.
         scores = scores + self._scores_of_distances(
             query, self._key_dense, table, -1
         )
-        scores = scores + ops.swapaxes(
+        scores = scores + matrix_transpose(
             self._scores_of_distances(
                 key * self.scale_factor, self._query_dense, table, 1
-            ),
-            2,
-            3,
+            )
         )
         weights = self._masked_softmax(scores, attention_mask)
-        weights = self._attn_dropout_layer(weights, training=training)
-        return ops.einsum("bhij,bjhd->bihd", weights, value), weights
+        weights = self._attn_dropout_layer(weights)
+        mean = matmul(weights, transpose(value, (0, 2, 1, 3)))
+        return transpose(mean, (0, 2, 1, 3)), weights
 
     def _scores_of_distances(self, states, projection, table, sign):
         """Score contents against the distances to all positions.
@@ -98,7 +104,7 @@ class LeanDisentangledSelfAttention:
         Returns:
             Tensor of shape `(rows, heads, length, length)`.
         """
-        rows, length, heads, size = ops.shape(states)
+        rows, length, heads, _ = ops.shape(states)
         draws = current_draws()
         groups = 1 if draws is None else draws.groups
         positions, *low_rank = self._project(
@@ -110,20 +116,13 @@ class LeanDisentangledSelfAttention:
         )
         few = _are_few(rows, positions.shape[0])
         block = length if few else _block_size(length)
-        scores = _meet(states, positions, block)
-        if low_rank:
-            low, high = low_rank
-            shape = low.shape[0], -1, length, heads, size
-            states = reshape(states, shape)
-            states = ops.einsum("gbihd,grhd->gbihr", states, high)
-            states = reshape(states, (rows, length, heads, -1))
-            scores = scores + _meet(states, low, block)
+        scores = _meet(states, positions, block, *low_rank)
         # Row i of a block is shifted to the left by block - 1 - i entries: each
         # row one entry less than the row before.
         blocks, width = length // block, length + block
         flat = scores[..., : block * (width - 1)]
         scores = reshape(flat, (heads, blocks, -1, block, width - 1))
-        scores = ops.transpose(scores[..., block - 1 :], (2, 0, 1, 3, 4))
+        scores = transpose(scores[..., block - 1 :], (2, 0, 1, 3, 4))
         return reshape(scores, (-1, heads, length, length))
 
     def _project(self, projection, table, length, sign, in_parts):
@@ -261,14 +260,16 @@ def _are_few(rows, groups):
     return known and rows < _FEW_ROWS * groups
 
 
-def _meet(states, positions, block):
+def _meet(states, positions, block, low=None, high=None):
     """Score the queries of each block against its window of positions.
 
     Args:
         states: Tensor of shape `(rows, length, heads, size)`.
-        positions: Tensor of shape `(groups, 2 * length, heads, size)`, or
-            `(groups, 2 * length, size)` if they are the same for all heads.
+        positions: Tensor of shape `(groups, 2 * length, heads, size)`.
         block: Number of queries of a block; it divides the length.
+        low, high: Factors of what each group adds to positions that all share:
+            `(groups, 2 * length, rank)` and `(groups, rank, heads, size)`;
+            `None` for nothing.
 
     Returns:
         Tensor of shape `(heads, blocks, rows, block * (length + block))`.
@@ -276,17 +277,35 @@ def _meet(states, positions, block):
     _, length, heads, size = ops.shape(states)
     groups = ops.shape(positions)[0]
     blocks, width = length // block, length + block
-    windows = ops.stack(
-        [
-            positions[:, start : start + width]
-            for start in range(length - block, -1, -block)
-        ],
-        axis=1,
-    )
+    # A product of matrices for each head, block and group, in the order of the
+    # result.
     states = reshape(states, (groups, -1, blocks, block, heads, size))
-    of_windows = "gnwd" if len(windows.shape) == 4 else "gnwhd"
-    scores = ops.einsum(f"gbnihd,{of_windows}->hngbiw", states, windows)
+    states = transpose(states, (4, 2, 0, 1, 3, 5))
+    states = reshape(states, (heads, blocks, groups, -1, size))
+    windows = transpose(_windows(positions, block), (3, 1, 0, 4, 2))
+    scores = matmul(states, windows)
+    if low is not None:
+        groups, rank = high.shape[:2]
+        stack = heads * blocks * groups
+        high = ops.expand_dims(transpose(high, (2, 0, 3, 1)), 1)
+        high = ops.broadcast_to(high, (heads, blocks, groups, size, rank))
+        low = transpose(_windows(low, block), (1, 0, 3, 2))
+        low = ops.broadcast_to(low, (heads, blocks, groups, rank, width))
+        scores = add_low_rank(
+            reshape(scores, (stack, -1, width)),
+            reshape(states, (stack, -1, size)),
+            reshape(high, (stack, size, rank)),
+            reshape(low, (stack, rank, width)),
+        )
     return reshape(scores, (heads, blocks, -1, block * width))
+
+
+def _windows(positions, block):
+    """Return what each block of queries meets, `(groups, blocks, ...)`."""
+    length = positions.shape[1] // 2
+    starts = range(length - block, -1, -block)
+    windows = [positions[:, at : at + length + block] for at in starts]
+    return ops.stack(windows, axis=1)
 
 
 def _block_size(length):

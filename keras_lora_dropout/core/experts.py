@@ -5,7 +5,7 @@ import itertools
 
 from keras import ops
 
-from keras_lora_dropout.core.shapes import reshape
+from keras_lora_dropout.core.light_ops import reshape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,10 @@ from keras import ops
 
 from keras_lora_dropout.core.grouped_product import grouped_product
 from keras_lora_dropout.core.grouped_product import is_cheaper
-from keras_lora_dropout.core.shapes import reshape
+from keras_lora_dropout.core.light_ops import matmul
+from keras_lora_dropout.core.light_ops import matrix_transpose
+from keras_lora_dropout.core.light_ops import reshape
+from keras_lora_dropout.core.light_ops import value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,19 +199,19 @@ def masked_pair(factor_a, factor_b, keep):
 
     Returns:
         Tensors of shape `(groups, input_dim, rank)` and `(groups, rank,
-        output_dim)`; without masks, of one group.
+        output_dim)`; of one group, and without masks, `(input_dim, rank)` and
+        `(rank, output_dim)`.
     """
     # With the few ranks as its rows, A's gradient is a product of few long
     # rows, several times as fast on CPUs as one of many short ones.
-    columns = ops.transpose(factor_a)
+    columns = matrix_transpose(factor_a)
     if keras.config.backend() == "torch":
         columns = columns.contiguous()
-    if keep is None:
-        columns, factor_b = (ops.expand_dims(f, 0) for f in (columns, factor_b))
-    else:
-        mask_a, mask_b = (ops.expand_dims(mask, 1) for mask in keep)
+    if keep is not None:
+        is_one = keep[0].shape[0] == 1
+        mask_a, mask_b = keep if is_one else (mask[:, None] for mask in keep)
         columns, factor_b = columns * mask_a, factor_b * mask_b
-    return ops.swapaxes(columns, 1, 2), factor_b
+    return matrix_transpose(columns), factor_b
 
 
 def kernel_product(inputs, kernel, axes, gain=None):
@@ -248,8 +251,7 @@ def adapted_product(
         inputs: Input of the layer. With `groups > 1`, its leading axis holds
             `groups` equal blocks of rows.
         kernel: Kernel of the layer, in its own shape.
-        factor_a: Tensor of shape `(groups, input_dim, rank)`.
-        factor_b: Tensor of shape `(groups, rank, output_dim)`.
+        factor_a, factor_b: What `masked_pair` returned.
         axes: `FactorAxes` of the kernel, on which the batch axis leads.
         shared: Boolean. Whether the leading axis of the input is 1 instead,
             and all groups share it; that of the result is `groups` then.
@@ -265,15 +267,14 @@ def adapted_product(
     kernel = _kernel_matrix(kernel, axes)
     if bias is not None:
         bias = reshape(bias, (axes.output_dim,))
+    if len(factor_a.shape) == 2:
+        total = _base_product(x, kernel, gain, bias)
+        total = add_low_rank(total, x, factor_a, factor_b)
+        return _output(total, free_shape, axes)
     groups = factor_a.shape[0]
     if groups is None:
         groups = ops.shape(factor_a)[0]
-    if isinstance(groups, int) and groups == 1:
-        total = _base_product(x, kernel, gain, bias)
-        # By its index, a group's gradient would be copied into zeros.
-        factor_a, factor_b = (ops.squeeze(f, 0) for f in (factor_a, factor_b))
-        total = _add_low_rank(total, x, factor_a, factor_b)
-    elif shared:
+    if shared:
         low = ops.einsum("sc,gcr->gsr", x, factor_a)
         base = _base_product(x, kernel, gain, bias)
         total = ops.add(base, ops.matmul(low, factor_b))
@@ -289,8 +290,30 @@ def adapted_product(
             shape = groups, -1, axes.output_dim
             total = _base_product(x, kernel, gain, bias)
             total = reshape(total, shape)
-        total = _add_low_rank(total, blocks, factor_a, factor_b)
+        total = add_low_rank(total, blocks, factor_a, factor_b)
     return _output(total, free_shape, axes)
+
+
+def add_low_rank(total, rows, factor_a, factor_b):
+    """Compute `total + rows @ factor_a @ factor_b`, maybe in place.
+
+    Args:
+        total: Tensor of shape `(..., rows, output_dim)`, which nobody else
+            reads.
+        rows: Tensor of shape `(..., rows, input_dim)`.
+        factor_a: Tensor of shape `(..., input_dim, rank)`.
+        factor_b: Tensor of shape `(..., rank, output_dim)`.
+
+    Returns:
+        Tensor of the shape of `total`. All have two axes, or all have three.
+    """
+    low = matmul(rows, factor_a)
+    if keras.config.backend() != "torch":
+        return ops.add(total, matmul(low, factor_b))
+    # In one operation: else, the product is written and read once more. Stacks
+    # are views, whose gradient would be copied if they were written to.
+    add = total.addmm_ if len(total.shape) == 2 else total.baddbmm
+    return add(low, factor_b.to(total.dtype))
 
 
 def delta_product(inputs, factor_a, factor_b, axes, shared=False):
@@ -303,6 +326,9 @@ def delta_product(inputs, factor_a, factor_b, axes, shared=False):
         Tensor of the layer's output shape.
     """
     x, free_shape = _rows(inputs, axes)
+    if len(factor_a.shape) == 2:
+        low = matmul(x, factor_a)
+        return _output(matmul(low, factor_b), free_shape, axes)
     groups = factor_a.shape[0]
     if shared:
         low = ops.einsum("sc,gcr->gsr", x, factor_a)
@@ -333,7 +359,7 @@ def shared_parts(inputs, factor_a, factor_b, axes):
 
 def _base_product(rows, kernel, gain, bias=None):
     if bias is None:
-        product = ops.matmul(rows, kernel)
+        product = matmul(rows, kernel)
         return product if gain is None else product * gain
     if (
         keras.config.backend() == "torch"
@@ -365,23 +391,12 @@ def _output(rows, free_shape, axes):
 
 def _kernel_matrix(kernel, axes):
     """Return a kernel as the matrix `(input_dim, output_dim)`."""
-    kernel = ops.convert_to_tensor(kernel)
+    kernel = value_of(kernel)
     in_order = tuple(range(len(axes.kernel_permutation)))
     if axes.kernel_permutation != in_order:
         order = np.argsort(axes.kernel_permutation).tolist()
         kernel = ops.transpose(kernel, order)
     return reshape(kernel, (axes.input_dim, axes.output_dim))
-
-
-def _add_low_rank(total, rows, factor_a, factor_b):
-    """Return `total + rows @ factor_a @ factor_b`, maybe in place."""
-    low = ops.matmul(rows, factor_a)
-    if keras.config.backend() != "torch":
-        return ops.add(total, ops.matmul(low, factor_b))
-    # In one operation: else, the product is written and read once more. Stacks
-    # are views, whose gradient would be copied if they were written to.
-    add = total.addmm_ if len(total.shape) == 2 else total.baddbmm
-    return add(low, ops.cast(factor_b, total.dtype))
 
 
 def stacks(shapes):

@@ -10,7 +10,7 @@ import math
 import keras
 from keras import ops
 
-from keras_lora_dropout.core.shapes import reshape
+from keras_lora_dropout.core.light_ops import reshape
 
 # Entries of an input from which on that saves more than calls of Python cost.
 LARGE_INPUT = 2**17

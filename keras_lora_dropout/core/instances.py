@@ -17,7 +17,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core.keras_internals import copy_mask
-from keras_lora_dropout.core.shapes import reshape
+from keras_lora_dropout.core.light_ops import reshape
 
 LAYOUT_ADVICE = (
     "To run one mask instance after another instead, pass "

@@ -18,6 +18,7 @@ from keras import ops
 
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core.keras_internals import descendants
+from keras_lora_dropout.core.light_ops import cast
 from keras_lora_dropout.core.stratified import stratify
 
 _state = threading.local()
@@ -247,7 +248,7 @@ def draw_instances(shape, seed, mask_sampling="bernoulli"):
 
 def keep_mask(draws, dropout_rate, dtype):
     """Bernoulli(1 - p) masks, [L] Eq. 2: 1 where a draw reaches the rate."""
-    return ops.cast(draws >= dropout_rate, dtype)
+    return cast(draws >= dropout_rate, dtype)
 
 
 def delta_scale(scaling, dropout_rate, rescale, masked):

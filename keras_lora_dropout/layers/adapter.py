@@ -3,7 +3,6 @@
 import random
 
 import keras
-from keras import ops
 
 from keras_lora_dropout.core import masks
 from keras_lora_dropout.core import validation
@@ -11,6 +10,7 @@ from keras_lora_dropout.core.instances import check_rows
 from keras_lora_dropout.core.keras_internals import Unquantizable
 from keras_lora_dropout.core.keras_internals import forget_attributes
 from keras_lora_dropout.core.keras_internals import unlocked
+from keras_lora_dropout.core.light_ops import cast
 from keras_lora_dropout.core.sharding import follow_kernel
 from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.initial_factors import InitialFactors
@@ -246,8 +246,9 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
         if active is not None and active.covers(self):
             active.plan.called.add(id(self))
         # Factors are float32 under any policy, arithmetic is not.
+        dtype = self.compute_dtype
         factor_a, factor_b = self._factor_pair(
-            *(ops.cast(f, self.compute_dtype) for f in self.factors)
+            *(cast(f, dtype) for f in self.factors)
         )
         keep = self._masks(training)
         scale = masks.delta_scale(

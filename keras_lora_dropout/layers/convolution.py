@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core import convolution
-from keras_lora_dropout.core.shapes import reshape
+from keras_lora_dropout.core.light_ops import reshape
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.adapt import adapts
 from keras_lora_dropout.layers.adapt import adapts_by

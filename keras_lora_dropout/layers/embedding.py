@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_lora_dropout.core import factors
 from keras_lora_dropout.core.keras_internals import set_keras_mask
-from keras_lora_dropout.core.shapes import reshape
+from keras_lora_dropout.core.light_ops import reshape
 from keras_lora_dropout.layers.adalora_dropout import AdaLoRAFactors
 from keras_lora_dropout.layers.adapt import adapts
 from keras_lora_dropout.layers.adapt import adapts_by

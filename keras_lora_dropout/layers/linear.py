@@ -48,7 +48,7 @@ class AdaptedLinear(LoRADropoutAdapter):
             delta = factors.delta_product(inputs, *pair, shared=shared)
             base = self._kernel_product(inputs)
             return self._plus_bias(ops.add(base, delta))
-        in_groups = self._multiplies_in_groups(inputs, factor_a.shape[0])
+        in_groups = self._multiplies_in_groups(inputs, factor_a)
         bias = self._bias_of_rows()
         product = factors.adapted_product(
             inputs,
@@ -66,7 +66,7 @@ class AdaptedLinear(LoRADropoutAdapter):
         on_torch = keras.config.backend() == "torch"
         if not on_torch or self.bias is None:
             return None
-        bias = ops.convert_to_tensor(self.bias)
+        bias = self.bias.value
         return bias if self._axes.belongs_to_rows(bias.shape) else None
 
     def _plus_bias(self, x):
@@ -78,7 +78,7 @@ class AdaptedLinear(LoRADropoutAdapter):
         plain = plain_class(type(self))
         return quantized.quantized_product(self, inputs, plain)
 
-    def _multiplies_in_groups(self, inputs, groups):
+    def _multiplies_in_groups(self, inputs, factor_a):
         """Whether the kernel's product has the layout of the mask groups.
 
         XLA computes what two layouts read, such as an activation, once for
@@ -86,9 +86,10 @@ class AdaptedLinear(LoRADropoutAdapter):
         groups are small.
         """
         axes, shape = self._axes, inputs.shape
-        if keras.config.backend() != "jax" or groups in (None, 1):
+        if keras.config.backend() != "jax" or len(factor_a.shape) == 2:
             return False
-        if not all(isinstance(size, int) for size in shape):
+        groups = factor_a.shape[0]
+        if not all(isinstance(size, int) for size in (groups, *shape)):
             return False
         rows = math.prod(shape) // axes.input_dim
         sizes = axes.input_dim, axes.output_dim
