@@ -12,6 +12,7 @@ from helpers import array
 from helpers import assert_close
 from helpers import draws_of
 from helpers import set_random
+from keras import ops
 
 from keras_lora_dropout import AdaLoRADropoutDense
 from keras_lora_dropout import AdaLoRADropoutEinsumDense
@@ -383,6 +384,19 @@ def test_one_set_of_draws_serves_every_call(case):
     mask_a, mask_b = masks_in(deltas[0], layer)
     np.testing.assert_array_equal(mask_a, values[0, :5] >= RATE)
     np.testing.assert_array_equal(mask_b, values[0, 5:] >= RATE)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="others place tensors alone")
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_inputs_go_where_the_weights_are(case, use_bias):
+    """As in Keras's layers; every machine has the device "meta"."""
+    x = ops.convert_to_tensor(X)
+    with keras.device("meta"):
+        layer = case.build(random=False)
+        if not use_bias:
+            layer.bias = None
+        for training in (False, True):
+            assert layer(x, training=training).device.type == "meta"
 
 
 def test_draws_of_other_layers_leave_a_layer_alone(case):

@@ -96,6 +96,7 @@ class AdaptedLinear(LoRADropoutAdapter):
         return groups * math.prod(sizes) <= rows * sum(sizes)
 
     def call(self, inputs, training=None):
+        inputs = ops.convert_to_tensor(inputs)  # On the device of the weights.
         if self._adds_delta:
             x = self._adapted_product(inputs, training)
         else:
