@@ -29,7 +29,9 @@ def transpose(tensor, axes):
 
 def matrix_transpose(tensor):
     """Swap the last two axes of a tensor of the backend."""
-    return tensor.mT if _on_torch() else ops.swapaxes(tensor, -1, -2)
+    if _on_torch():
+        return tensor.transpose(-1, -2)  # ONNX does not know `mT`.
+    return ops.swapaxes(tensor, -1, -2)
 
 
 def matmul(a, b):
