@@ -54,8 +54,10 @@ def cast(x, dtype):
 
 
 def value_of(x):
-    """Return the value of a variable; a tensor as it is."""
-    return x.value if isinstance(x, keras.Variable) else x
+    """Return the tensor that a variable holds; a tensor as it is."""
+    if not isinstance(x, keras.Variable):
+        return x
+    return x.value if _on_torch() else ops.convert_to_tensor(x)
 
 
 def _on_torch():
