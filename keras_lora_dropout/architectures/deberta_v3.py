@@ -70,7 +70,8 @@ class LeanDisentangledSelfAttention:
         if self._has_row_for_each_distance(length):
             middle = self.bucket_size  # The row of distance 0.
             table = table[:, middle - length : middle + length + 1]
-        # What `training` is, Keras tells both dropout layers, and sooner.
+        # Keras hands `training` on to both dropout layers. If given here, it
+        # would have all arguments searched for tensors, which takes longer.
         table = self._position_dropout_layer(table)
         query = query * self.scale_factor
         scores = matmul(
