@@ -18,6 +18,7 @@ import hashlib
 import inspect
 import logging
 
+import keras
 from keras import ops
 
 from keras_lora_dropout.core.factors import add_low_rank
@@ -276,29 +277,46 @@ def _meet(states, positions, block, low=None, high=None):
         Tensor of shape `(heads, blocks, rows, block * (length + block))`.
     """
     _, length, heads, size = ops.shape(states)
-    groups = ops.shape(positions)[0]
     blocks, width = length // block, length + block
-    # A product of matrices for each head, block and group, in the order of the
-    # result.
-    states = reshape(states, (groups, -1, blocks, block, heads, size))
-    states = transpose(states, (4, 2, 0, 1, 3, 5))
-    states = reshape(states, (heads, blocks, groups, -1, size))
+    states = reshape(states, (-1, blocks, block, heads, size))
+    states = transpose(states, (3, 1, 0, 2, 4))
     windows = transpose(_windows(positions, block), (3, 1, 0, 4, 2))
-    scores = matmul(states, windows)
+    groups = ops.shape(windows)[2]
+    scores = matmul(_in_groups(states, groups), _for_groups(windows, states))
     if low is not None:
-        groups, rank = high.shape[:2]
-        stack = heads * blocks * groups
+        groups = ops.shape(high)[0]
         high = ops.expand_dims(transpose(high, (2, 0, 3, 1)), 1)
-        high = ops.broadcast_to(high, (heads, blocks, groups, size, rank))
-        low = transpose(_windows(low, block), (1, 0, 3, 2))
-        low = ops.broadcast_to(low, (heads, blocks, groups, rank, width))
+        low = ops.expand_dims(transpose(_windows(low, block), (1, 0, 3, 2)), 0)
+        scores = reshape(scores, (heads, blocks, -1, block, width))
         scores = add_low_rank(
-            reshape(scores, (stack, -1, width)),
-            reshape(states, (stack, -1, size)),
-            reshape(high, (stack, size, rank)),
-            reshape(low, (stack, rank, width)),
+            _in_groups(scores, groups),
+            _in_groups(states, groups),
+            _for_groups(high, states),
+            _for_groups(low, states),
         )
     return reshape(scores, (heads, blocks, -1, block * width))
+
+
+def _in_groups(rows, groups):
+    """Split `(heads, blocks, rows, ...)` as `matmul` takes it best."""
+    heads, blocks, _, block, size = ops.shape(rows)
+    if keras.config.backend() == "torch":
+        # Each group is one matrix. Elsewhere, rows and the queries of a block
+        # stay apart: where devices share the rows, XLA would collect them all.
+        return reshape(rows, (heads * blocks * groups, -1, size))
+    return reshape(rows, (heads, blocks, groups, -1, block, size))
+
+
+def _for_groups(matrices, rows):
+    """Give `(heads, blocks, groups, ...)` the axes of what `_in_groups` gave.
+
+    The matrices of all heads, or of all blocks, may be one.
+    """
+    if keras.config.backend() == "torch":
+        shape = *rows.shape[:2], *matrices.shape[2:]
+        matrices = ops.broadcast_to(matrices, shape)
+        return reshape(matrices, (-1, *shape[3:]))
+    return ops.expand_dims(matrices, 3)
 
 
 def _windows(positions, block):
