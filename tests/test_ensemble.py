@@ -16,7 +16,7 @@ from helpers import seeded_dense
 from keras import ops
 
 import keras_lora_dropout as kld
-from keras_lora_dropout.core import factors
+from keras_lora_dropout.core import products
 
 X, Y = classification_data(examples=70)
 
@@ -395,14 +395,14 @@ def test_the_callback_is_refused_before_an_epoch_is_lost(
 def test_what_has_no_shape_is_computed_for_few_rows(monkeypatch):
     """PyTorch repeats keys by number; it must not do so for 1009 rows."""
     rows = []
-    plain = factors.adapted_product
+    plain = products.adapted_product
 
     def recorded(inputs, *args, **kwargs):
         if inputs.device.type != "meta":
             rows.append(inputs.shape[0])
         return plain(inputs, *args, **kwargs)
 
-    monkeypatch.setattr(factors, "adapted_product", recorded)
+    monkeypatch.setattr(products, "adapted_product", recorded)
     model = language_models.adapted("llama", num_samples=3)
     model.ensemble_predict(families.TEXTS, batch_size=2, verbose=0)
     assert set(rows) <= {2, 3, 6, 9}

@@ -16,6 +16,7 @@ from keras_lora_dropout import AdaLoRADropoutEinsumDense
 from keras_lora_dropout import LoRADropoutDense
 from keras_lora_dropout import LoRADropoutEinsumDense
 from keras_lora_dropout.core import factors
+from keras_lora_dropout.core import products
 
 settings.register_profile("ours", deadline=None, derandomize=True)
 settings.load_profile("ours")
@@ -73,7 +74,7 @@ def test_factored_product_is_that_of_the_full_matrix(
     factor_a, factor_b = random_factors(generator, axes, groups, rank)
     frozen = generator.normal(size=kernel_shape).astype("float32")
     tensors = map(ops.convert_to_tensor, (x, frozen, factor_a, factor_b))
-    product = factors.adapted_product(*tensors, axes, in_groups=in_groups)
+    product = products.adapted_product(*tensors, axes, in_groups=in_groups)
     ones = np.ones(axes.input_dim), np.ones(axes.output_dim)
     kernels = [
         reference.einsum_delta_matrix(equation, kernel_shape, a, b, *ones, 1)
@@ -101,7 +102,7 @@ def test_delta_is_linear_in_each_factor(inputs, outputs, weight, seed):
 
     def delta(a, b):
         return array(
-            factors.adapted_product(
+            products.adapted_product(
                 ops.convert_to_tensor(x),
                 ops.zeros((inputs, outputs)),
                 ops.convert_to_tensor(a, "float32"),

@@ -1,6 +1,7 @@
 """The ground floor: masks, factor axes, instances in a batch, argument checks.
 
-`test_layer_properties.py` holds `core/factors.py` against the reference.
+`test_layer_properties.py` holds `core/factors.py` and `core/products.py`
+against the reference.
 """
 
 import threading
@@ -21,6 +22,7 @@ from keras_lora_dropout import LoRADropoutDense
 from keras_lora_dropout.core import factors
 from keras_lora_dropout.core import instances
 from keras_lora_dropout.core import masks
+from keras_lora_dropout.core import products
 from keras_lora_dropout.core import validation
 
 settings.register_profile("ours", deadline=None, derandomize=True)
@@ -198,7 +200,7 @@ def test_equations_that_are_no_single_matrix(equation):
 @pytest.mark.parametrize("bias", [None, [1000.0, 2000.0]])
 @pytest.mark.parametrize("in_groups", [False, True])
 def test_adapted_product_by_hand(in_groups, bias):
-    product = factors.adapted_product(
+    product = products.adapted_product(
         ops.convert_to_tensor([[1.0, 1.0], [1.0, 2.0]]),
         ops.convert_to_tensor([[100.0, 0.0], [0.0, 100.0]]),
         ops.convert_to_tensor([[[1.0], [2.0]], [[3.0], [0.0]]]),

@@ -21,7 +21,6 @@ import logging
 import keras
 from keras import ops
 
-from keras_lora_dropout.core.factors import add_low_rank
 from keras_lora_dropout.core.keras_internals import descendants
 from keras_lora_dropout.core.light_ops import matmul
 from keras_lora_dropout.core.light_ops import matrix_transpose
@@ -29,6 +28,7 @@ from keras_lora_dropout.core.light_ops import reshape
 from keras_lora_dropout.core.light_ops import transpose
 from keras_lora_dropout.core.masks import current_draws
 from keras_lora_dropout.core.masks import shared_inputs
+from keras_lora_dropout.core.products import add_low_rank
 
 logger = logging.getLogger("keras_lora_dropout")
 

@@ -109,7 +109,7 @@ class Draws:
         inputs_shared: Boolean. Whether a layer's input has a leading axis of 1
             that all groups share; its output has one of `groups` then.
         in_parts: Boolean. Whether a layer with masks then returns its output
-            in parts instead, not multiplied out (`factors.shared_parts`).
+            in parts instead, not multiplied out (`products.shared_parts`).
         dropout: `structured_dropout.DropoutDraws`, or `None` if no layer drops
             in structured ways.
     """
@@ -188,7 +188,7 @@ def shared_inputs(in_parts=False):
 
     Args:
         in_parts: Boolean. Whether a layer with masks returns what all groups
-            share and the factors of the rest, as `factors.shared_parts` does.
+            share and the factors of the rest, as `products.shared_parts` does.
     """
     draws = current_draws()
     if draws is None:

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_lora_dropout.core import factors
+from keras_lora_dropout.core import products
 from keras_lora_dropout.layers import quantized
 from keras_lora_dropout.layers.adapter import LoRADropoutAdapter
 from keras_lora_dropout.layers.adapter import plain_class
@@ -43,14 +44,14 @@ class AdaptedLinear(LoRADropoutAdapter):
         pair = factor_a, factor_b, axes
         if in_parts:
             base = self._plus_bias(self._kernel_product(inputs, gain))
-            return base, *factors.shared_parts(inputs, *pair)
+            return base, *products.shared_parts(inputs, *pair)
         if quantized.is_quantized(self):
-            delta = factors.delta_product(inputs, *pair, shared=shared)
+            delta = products.delta_product(inputs, *pair, shared=shared)
             base = self._kernel_product(inputs)
             return self._plus_bias(ops.add(base, delta))
         in_groups = self._multiplies_in_groups(inputs, factor_a)
         bias = self._bias_of_rows()
-        product = factors.adapted_product(
+        product = products.adapted_product(
             inputs,
             self.kernel,
             *pair,
@@ -74,7 +75,9 @@ class AdaptedLinear(LoRADropoutAdapter):
 
     def _kernel_product(self, inputs, gain=None):
         if not quantized.is_quantized(self):
-            return factors.kernel_product(inputs, self.kernel, self._axes, gain)
+            return products.kernel_product(
+                inputs, self.kernel, self._axes, gain
+            )
         plain = plain_class(type(self))
         return quantized.quantized_product(self, inputs, plain)
 
