@@ -109,23 +109,16 @@ def test_deberta_base_has_the_papers_number_of_weights():
 def deberta_calls(monkeypatch, forward):
     """Masks that each `query` and `key` layer used, call by call."""
     used = {}
-    original = masks.keep_mask
-
-    def recorded(draws, rate, dtype):
-        result = original(draws, rate, dtype)
-        layer = recorded.layer
-        used.setdefault(layer, []).append(ops.convert_to_numpy(result))
-        return result
-
-    monkeypatch.setattr(masks, "keep_mask", recorded)
     adapter = kld.LoRADropoutEinsumDense
     plain = adapter._masks
 
-    def named(self, training):
-        recorded.layer = self.path
-        return plain(self, training)
+    def recorded(self, training):
+        result = plain(self, training)
+        both = np.concatenate([*map(ops.convert_to_numpy, result)], axis=1)
+        used.setdefault(self.path, []).append(both)
+        return result
 
-    monkeypatch.setattr(adapter, "_masks", named)
+    monkeypatch.setattr(adapter, "_masks", recorded)
     forward()
     return {
         path: calls

@@ -112,20 +112,46 @@ def test_plan_gives_every_layer_columns_of_its_own():
     first, second = built_layers()
     plan = masks.MaskPlan([first, second])
     assert plan.width == (3 + 4) + (3 + 2)
-    values = ops.reshape(ops.arange(24), (2, 12))
-    draws = masks.Draws(plan, values)
-    np.testing.assert_array_equal(array(draws.of(first))[0], range(7))
-    np.testing.assert_array_equal(array(draws.of(second))[0], range(7, 12))
-    np.testing.assert_array_equal(array(draws.of(second))[1], range(19, 24))
+    values = np.random.default_rng(0).random((2, 12), "float32")
+    draws = masks.Draws(plan, ops.convert_to_tensor(values))
+    second.dropout_rate = 0.7
+    for layer, columns, rate in (
+        (first, values[:, :7], 0.5),
+        (second, values[:, 7:], 0.7),
+    ):
+        for dtype in ("float32", "bfloat16"):
+            kept = draws.keep(layer, dtype)
+            assert {dtype_of(mask) for mask in kept} == {dtype}
+            kept = [array(ops.cast(mask, "float32")) for mask in kept]
+            assert [mask.shape[1] for mask in kept] == list(layer.mask_sizes)
+            np.testing.assert_array_equal(
+                np.concatenate(kept, axis=1), columns >= np.float32(rate)
+            )
     alone = masks.Draws(masks.MaskPlan([second]), values[:, :5])
     assert alone.covers(second) and not alone.covers(first)
+
+
+def test_masks_of_one_instance():
+    """Those of all instances, asked for before, are not those of one."""
+    layers = built_layers()
+    values = np.random.default_rng(0).random((4, 12), "float32")
+    draws = masks.Draws(
+        masks.MaskPlan(layers), ops.convert_to_tensor(values), rows=8
+    )
+    for layer in layers:
+        whole = draws.masks_of(layer)
+        for n in range(2):
+            one = draws.only(n, 2)
+            assert one.groups == 2 and one.rows == 4
+            for part, mask in zip(one.masks_of(layer), whole, strict=True):
+                np.testing.assert_array_equal(part, mask[2 * n : 2 * n + 2])
 
 
 def test_draws_without_values_are_the_mean_network():
     first, _ = built_layers()
     draws = masks.Draws(masks.MaskPlan([first]))
     assert draws.covers(first)
-    assert draws.of(first) is None
+    assert draws.keep(first, "float32") is None
 
 
 def test_draws_are_in_use_inside_the_block_and_thread_only():

@@ -13,7 +13,6 @@ import functools
 import threading
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_lora_dropout.core import instances
@@ -63,12 +62,17 @@ class MaskPlan:
     def __init__(self, layers, may_share=True, dropping=()):
         self.may_share = may_share
         self.dropping = frozenset(map(id, dropping))
+        self.sizes = [size for layer in layers for size in layer.mask_sizes]
+        self.width = sum(self.sizes)
+        # Of the draws, and of the masks: two for each layer.
         self.columns = {}
-        self.width = 0
-        for layer in layers:
-            stop = self.width + layer.mask_width
-            self.columns[id(layer)] = slice(self.width, stop)
-            self.width = stop
+        self.positions = {}
+        start = 0
+        for n, layer in enumerate(layers):
+            stop = start + layer.mask_width
+            self.columns[id(layer)] = slice(start, stop)
+            self.positions[id(layer)] = slice(2 * n, 2 * n + 2)
+            start = stop
         self._touched = {}
         # Whether instances share what lies before the first adapted layer: one
         # after another, and in one batch, which is found out at first use.
@@ -129,6 +133,7 @@ class Draws:
         self.inputs_shared = inputs_shared
         self.in_parts = in_parts
         self.dropout = dropout
+        self._masks = {}  # Those of all layers, by rate and dtype.
 
     @property
     def groups(self):
@@ -140,6 +145,7 @@ class Draws:
         one = copy.copy(self)
         if self.values is not None:
             one.values = instances.blocks(self.values, num_instances)[instance]
+            one._masks = {}
         if isinstance(self.rows, int):
             one.rows = self.rows // num_instances
         one.dropout = self.dropout and self.dropout.only(instance)
@@ -155,16 +161,26 @@ class Draws:
         Returns:
             Tuple of `mask_a (groups, in)` and `mask_b (groups, out)`, float32.
         """
-        draws = ops.convert_to_numpy(self.of(layer))
-        keep = (draws >= np.float32(layer.dropout_rate)).astype("float32")
-        input_dim = layer.mask_sizes[0]
-        return keep[:, :input_dim], keep[:, input_dim:]
+        return tuple(map(ops.convert_to_numpy, self.keep(layer, "float32")))
 
-    def of(self, layer):
-        """Return the layer's draws `(groups, width)`; `None` for no masks."""
+    def keep(self, layer, dtype):
+        """Return the 0/1 masks of a layer as tensors; `None` for no masks.
+
+        Args:
+            layer: A layer that `covers` is true of.
+            dtype: String.
+        """
         if self.values is None:
             return None
-        return self.values[:, self.plan.columns[id(layer)]]
+        rate = layer.dropout_rate
+        if keras.config.backend() != "torch":
+            draws = self.values[:, self.plan.columns[id(layer)]]
+            return split_masks(keep_mask(draws, rate, dtype), layer)
+        # Eagerly, a comparison takes as long for all layers as for one.
+        if (rate, dtype) not in self._masks:
+            keep = keep_mask(self.values, rate, dtype)
+            self._masks[rate, dtype] = keep.split(self.plan.sizes, 1)
+        return self._masks[rate, dtype][self.plan.positions[id(layer)]]
 
 
 @contextlib.contextmanager
@@ -249,6 +265,12 @@ def draw_instances(shape, seed, mask_sampling="bernoulli"):
 def keep_mask(draws, dropout_rate, dtype):
     """Bernoulli(1 - p) masks, [L] Eq. 2: 1 where a draw reaches the rate."""
     return cast(draws >= dropout_rate, dtype)
+
+
+def split_masks(keep, layer):
+    """Split `(groups, mask_width)` into the two masks of a layer."""
+    input_dim = layer.mask_sizes[0]
+    return keep[:, :input_dim], keep[:, input_dim:]
 
 
 def delta_scale(scaling, dropout_rate, rescale, masked):

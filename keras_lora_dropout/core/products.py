@@ -3,14 +3,16 @@
 import keras
 from keras import ops
 
+from keras_lora_dropout.core.grouped_product import add_grouped_product
 from keras_lora_dropout.core.grouped_product import grouped_product
 from keras_lora_dropout.core.grouped_product import is_cheaper
 from keras_lora_dropout.core.light_ops import matmul
+from keras_lora_dropout.core.light_ops import matrix_transpose
 from keras_lora_dropout.core.light_ops import reshape
 
 
-def kernel_product(inputs, kernel, axes, gain=None):
-    """Multiply the input of a layer by its kernel.
+def kernel_product(inputs, kernel, axes, gain=None, bias=None):
+    """Compute `inputs @ kernel * gain + bias`.
 
     Args:
         inputs: Input of the layer.
@@ -18,12 +20,15 @@ def kernel_product(inputs, kernel, axes, gain=None):
         axes: `FactorAxes` of the kernel.
         gain: Tensor of shape `(output_dim,)` that multiplies the product, or
             `None`.
+        bias: `None`, or a tensor of the shape `axes.kept`.
 
     Returns:
         Tensor of the layer's output shape.
     """
     x, free_shape = _rows(inputs, axes)
-    product = _base_product(x, axes.matrix(kernel), gain)
+    if bias is not None:
+        bias = reshape(bias, (axes.output_dim,))
+    product = _base_product(x, axes.matrix(kernel), gain, bias)
     return _output(product, free_shape, axes)
 
 
@@ -52,8 +57,7 @@ def adapted_product(
             and all groups share it; that of the result is `groups` then.
         in_groups: Boolean. Whether the kernel's product is computed block by
             block, too: with a copy of the kernel for each group.
-        gain: As for `kernel_product`.
-        bias: `None`, or a tensor of the shape `axes.kept`.
+        gain, bias: As for `kernel_product`.
 
     Returns:
         Tensor of the layer's output shape.
@@ -70,11 +74,15 @@ def adapted_product(
     if groups is None:
         groups = ops.shape(factor_a)[0]
     if shared:
-        low = ops.einsum("sc,gcr->gsr", x, factor_a)
+        low = _shared_low(x, factor_a)
         base = _base_product(x, kernel, gain, bias)
         total = ops.add(base, ops.matmul(low, factor_b))
         free_shape = (groups, *free_shape[1:])
-    elif gain is None and is_cheaper(x, kernel, factor_a, bias):
+    elif (
+        gain is None
+        and is_cheaper(x, factor_a, kernel, bias)
+        and not kernel.requires_grad
+    ):
         total = grouped_product(x, kernel, factor_a, factor_b, bias)
     else:
         blocks = reshape(x, (groups, -1, axes.input_dim))
@@ -102,6 +110,8 @@ def add_low_rank(total, rows, factor_a, factor_b):
     Returns:
         Tensor of the shape of `total`. All have two axes, or all have three.
     """
+    if len(total.shape) == 3 and is_cheaper(rows, factor_a, factor_b, total):
+        return add_grouped_product(total, rows, factor_a, factor_b)
     low = matmul(rows, factor_a)
     if keras.config.backend() != "torch":
         return ops.add(total, matmul(low, factor_b))
@@ -126,7 +136,7 @@ def delta_product(inputs, factor_a, factor_b, axes, shared=False):
         return _output(matmul(low, factor_b), free_shape, axes)
     groups = factor_a.shape[0]
     if shared:
-        low = ops.einsum("sc,gcr->gsr", x, factor_a)
+        low = _shared_low(x, factor_a)
         free_shape = (groups, *free_shape[1:])
     else:
         low = ops.matmul(reshape(x, (groups, -1, axes.input_dim)), factor_a)
@@ -147,9 +157,20 @@ def shared_parts(inputs, factor_a, factor_b, axes):
         `(groups, rows, rank)` and `(groups, rank, *kept)`.
     """
     x, _ = _rows(inputs, axes)
-    low = ops.einsum("sc,gcr->gsr", x, factor_a)
+    low = _shared_low(x, factor_a)
     high = reshape(factor_b, (*factor_b.shape[:2], *axes.kept))
     return low, high
+
+
+def _shared_low(rows, factor_a):
+    """Multiply rows that all groups share: `(groups, rows, rank)`."""
+    if keras.config.backend() != "torch":
+        return ops.einsum("sc,gcr->gsr", rows, factor_a)
+    groups, input_dim, rank = factor_a.shape
+    # As one product; few long rows are faster on CPUs than many short ones.
+    columns = matrix_transpose(factor_a).reshape(-1, input_dim)
+    low = matmul(columns, matrix_transpose(rows))
+    return matrix_transpose(low.reshape(groups, rank, -1))
 
 
 def _base_product(rows, kernel, gain, bias=None):

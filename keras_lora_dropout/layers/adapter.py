@@ -217,22 +217,17 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
         """Return `mask_a (groups, in)`, `mask_b (groups, out)` or `None`."""
         if self.dropout_rate == 0:
             return None
+        dtype = self.compute_dtype
         active = masks.current_draws()
         if active is not None and active.covers(self):
             # The pass decides, not `training`, which gradient checkpointing on
             # JAX passes as a traced value.
-            draws = active.of(self)
-        elif training:
-            draws = masks.draw_uniform(
-                (1, self.mask_width), self.seed_generator
-            )
-        else:
-            draws = None
-        if draws is None:
+            return active.keep(self, dtype)
+        if not training:
             return None
-        keep = masks.keep_mask(draws, self.dropout_rate, self.compute_dtype)
-        input_dim = self.mask_sizes[0]
-        return keep[:, :input_dim], keep[:, input_dim:]
+        draws = masks.draw_uniform((1, self.mask_width), self.seed_generator)
+        keep = masks.keep_mask(draws, self.dropout_rate, dtype)
+        return masks.split_masks(keep, self)
 
     def _current_factors(self, training):
         """What this call of the layer multiplies by.

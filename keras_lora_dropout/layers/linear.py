@@ -43,12 +43,11 @@ class AdaptedLinear(LoRADropoutAdapter):
             factor_b = factor_b * gain
         pair = factor_a, factor_b, axes
         if in_parts:
-            base = self._plus_bias(self._kernel_product(inputs, gain))
+            base = self._frozen_product(inputs, gain)
             return base, *products.shared_parts(inputs, *pair)
         if quantized.is_quantized(self):
             delta = products.delta_product(inputs, *pair, shared=shared)
-            base = self._kernel_product(inputs)
-            return self._plus_bias(ops.add(base, delta))
+            return ops.add(self._frozen_product(inputs), delta)
         in_groups = self._multiplies_in_groups(inputs, factor_a)
         bias = self._bias_of_rows()
         product = products.adapted_product(
@@ -73,13 +72,17 @@ class AdaptedLinear(LoRADropoutAdapter):
     def _plus_bias(self, x):
         return x if self.bias is None else ops.add(x, self.bias)
 
-    def _kernel_product(self, inputs, gain=None):
-        if not quantized.is_quantized(self):
-            return products.kernel_product(
-                inputs, self.kernel, self._axes, gain
-            )
-        plain = plain_class(type(self))
-        return quantized.quantized_product(self, inputs, plain)
+    def _frozen_product(self, inputs, gain=None):
+        """What the layer puts out without its factors and its activation."""
+        if quantized.is_quantized(self):
+            plain = plain_class(type(self))
+            product = quantized.quantized_product(self, inputs, plain)
+            return self._plus_bias(product)
+        bias = self._bias_of_rows()
+        product = products.kernel_product(
+            inputs, self.kernel, self._axes, gain, bias
+        )
+        return self._plus_bias(product) if bias is None else product
 
     def _multiplies_in_groups(self, inputs, factor_a):
         """Whether the kernel's product has the layout of the mask groups.
@@ -103,7 +106,7 @@ class AdaptedLinear(LoRADropoutAdapter):
         if self._adds_delta:
             x = self._adapted_product(inputs, training)
         else:
-            x = self._plus_bias(self._kernel_product(inputs))
+            x = self._frozen_product(inputs)
         if self.activation is not None and not isinstance(x, tuple):
             x = self._activate(x, training)
         return x
