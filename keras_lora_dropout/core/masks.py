@@ -176,7 +176,7 @@ class Draws:
         if keras.config.backend() != "torch":
             draws = self.values[:, self.plan.columns[id(layer)]]
             return split_masks(keep_mask(draws, rate, dtype), layer)
-        # Eagerly, a comparison takes as long for all layers as for one.
+        # Eagerly, a comparison for all layers takes little longer than for one.
         if (rate, dtype) not in self._masks:
             keep = keep_mask(self.values, rate, dtype)
             self._masks[rate, dtype] = keep.split(self.plan.sizes, 1)
