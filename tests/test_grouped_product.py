@@ -34,10 +34,11 @@ def tensors(dtype=torch.float64, **trains):
 
 
 @pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("bias", [True, False, None])
-def test_value_and_gradient(rows, bias):
+def test_value_and_gradient(rows, kernel, bias):
     """Against one product after another, and finite differences."""
-    given = tensors(rows=rows, bias=bool(bias))
+    given = tensors(rows=rows, kernel=kernel, bias=bool(bias))
     if bias is None:
         given["bias"] = None
     expected = torch.cat(
@@ -127,7 +128,7 @@ def test_it_serves_where_it_is_right_and_saves_time(monkeypatch):
 
 
 def test_a_kernel_that_trains_has_its_gradient(monkeypatch):
-    """It would have none in the product with a gradient of its own."""
+    """The product with a gradient of its own computes it, too."""
     monkeypatch.setattr(product, "LARGE_INPUT", 1)
     given = tensors(kernel=True)
     axes = factors.dense_axes((INPUTS, OUTPUTS))

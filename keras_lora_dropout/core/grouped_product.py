@@ -40,8 +40,7 @@ def grouped_product(rows, kernel, factor_a, factor_b, bias=None):
     Args:
         rows: Tensor of shape `(rows, input_dim)`: of as many equal blocks as
             there are groups.
-        kernel: Tensor of shape `(input_dim, output_dim)`, which has no
-            gradient.
+        kernel: Tensor of shape `(input_dim, output_dim)`.
         factor_a: Tensor of shape `(groups, input_dim, rank)`.
         factor_b: Tensor of shape `(groups, rank, output_dim)`.
         bias: `None`, or a tensor of shape `(output_dim,)`.
@@ -52,6 +51,7 @@ def grouped_product(rows, kernel, factor_a, factor_b, bias=None):
     groups, input_dim, _ = factor_a.shape
     output_dim = kernel.shape[1]
     rows_train = rows.requires_grad
+    kernel_trains = kernel.requires_grad
     bias_trains = bias is not None and bias.requires_grad
 
     @ops.custom_gradient
@@ -69,10 +69,11 @@ def grouped_product(rows, kernel, factor_a, factor_b, bias=None):
             if rows_train:
                 d_rows = upstream.mm(kernel.T)
                 reshape(d_rows, blocks.shape).baddbmm_(d_low, factor_a.mT)
+            d_kernel = rows.T.mm(upstream) if kernel_trains else None
             d_bias = upstream.sum(0) if bias_trains else None
             d_a = d_low.mT.bmm(blocks).mT
             d_b = low_rows.mT.bmm(d_blocks)
-            return d_rows, None, d_a, d_b, d_bias
+            return d_rows, d_kernel, d_a, d_b, d_bias
 
         total = rows.mm(kernel) if bias is None else bias.addmm(rows, kernel)
         low = _narrow(reshape(rows, (groups, -1, input_dim)), factor_a)

@@ -62,17 +62,14 @@ class MaskPlan:
     def __init__(self, layers, may_share=True, dropping=()):
         self.may_share = may_share
         self.dropping = frozenset(map(id, dropping))
-        self.sizes = [size for layer in layers for size in layer.mask_sizes]
-        self.width = sum(self.sizes)
-        # Of the draws, and of the masks: two for each layer.
-        self.columns = {}
-        self.positions = {}
-        start = 0
-        for n, layer in enumerate(layers):
-            stop = start + layer.mask_width
-            self.columns[id(layer)] = slice(start, stop)
-            self.positions[id(layer)] = slice(2 * n, 2 * n + 2)
-            start = stop
+        self.columns = {}  # Two slices for each layer, one for each mask.
+        self.width = 0
+        for layer in layers:
+            middle = self.width + layer.mask_sizes[0]
+            stop = self.width + layer.mask_width
+            own = slice(self.width, middle), slice(middle, stop)
+            self.columns[id(layer)] = own
+            self.width = stop
         self._touched = {}
         # Whether instances share what lies before the first adapted layer: one
         # after another, and in one batch, which is found out at first use.
@@ -172,15 +169,14 @@ class Draws:
         """
         if self.values is None:
             return None
-        rate = layer.dropout_rate
+        rate, columns = layer.dropout_rate, self.plan.columns[id(layer)]
         if keras.config.backend() != "torch":
-            draws = self.values[:, self.plan.columns[id(layer)]]
-            return split_masks(keep_mask(draws, rate, dtype), layer)
+            draws = (self.values[:, own] for own in columns)
+            return tuple(keep_mask(own, rate, dtype) for own in draws)
         # Eagerly, a comparison for all layers takes little longer than for one.
         if (rate, dtype) not in self._masks:
-            keep = keep_mask(self.values, rate, dtype)
-            self._masks[rate, dtype] = keep.split(self.plan.sizes, 1)
-        return self._masks[rate, dtype][self.plan.positions[id(layer)]]
+            self._masks[rate, dtype] = keep_mask(self.values, rate, dtype)
+        return tuple(self._masks[rate, dtype][:, own] for own in columns)
 
 
 @contextlib.contextmanager
@@ -265,12 +261,6 @@ def draw_instances(shape, seed, mask_sampling="bernoulli"):
 def keep_mask(draws, dropout_rate, dtype):
     """Bernoulli(1 - p) masks, [L] Eq. 2: 1 where a draw reaches the rate."""
     return cast(draws >= dropout_rate, dtype)
-
-
-def split_masks(keep, layer):
-    """Split `(groups, mask_width)` into the two masks of a layer."""
-    input_dim = layer.mask_sizes[0]
-    return keep[:, :input_dim], keep[:, input_dim:]
 
 
 def delta_scale(scaling, dropout_rate, rescale, masked):

@@ -78,11 +78,7 @@ def adapted_product(
         base = _base_product(x, kernel, gain, bias)
         total = ops.add(base, ops.matmul(low, factor_b))
         free_shape = (groups, *free_shape[1:])
-    elif (
-        gain is None
-        and is_cheaper(x, factor_a, kernel, bias)
-        and not kernel.requires_grad
-    ):
+    elif gain is None and is_cheaper(x, factor_a, kernel, bias):
         total = grouped_product(x, kernel, factor_a, factor_b, bias)
     else:
         blocks = reshape(x, (groups, -1, axes.input_dim))
@@ -108,7 +104,8 @@ def add_low_rank(total, rows, factor_a, factor_b):
         factor_b: Tensor of shape `(..., rank, output_dim)`.
 
     Returns:
-        Tensor of the shape of `total`. All have two axes, or all have three.
+        Tensor of the shape of `total`. On PyTorch, all have two axes, or all
+        have three.
     """
     if len(total.shape) == 3 and is_cheaper(rows, factor_a, factor_b, total):
         return add_grouped_product(total, rows, factor_a, factor_b)

@@ -227,7 +227,8 @@ class LoRADropoutAdapter(InitialFactors, Unquantizable):
             return None
         draws = masks.draw_uniform((1, self.mask_width), self.seed_generator)
         keep = masks.keep_mask(draws, self.dropout_rate, dtype)
-        return masks.split_masks(keep, self)
+        input_dim = self.mask_sizes[0]
+        return keep[:, :input_dim], keep[:, input_dim:]
 
     def _current_factors(self, training):
         """What this call of the layer multiplies by.
